@@ -1,0 +1,1 @@
+"""The primary Hydra config of ftcore, its recipes and its sweeps."""

@@ -1,0 +1,131 @@
+"""ftcore: fine-tune large language models with plugins. Importing this package imports nothing heavy and changes nothing."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ftcore.api import export, load, run
+    from ftcore.compose import compose
+    from ftcore.config import (
+        AdapterConfig,
+        DataConfig,
+        ExportConfig,
+        ExtraConfig,
+        GeneratorConfig,
+        KernelsConfig,
+        ModelConfig,
+        QuantizerConfig,
+        RewardConfig,
+        RunConfig,
+        TrainerConfig,
+    )
+    from ftcore.errors import FtcoreError, Problem, Refused
+    from ftcore.hooks import hookimpl
+    from ftcore.patching import bind
+    from ftcore.specs import (
+        Artifact,
+        Bundle,
+        Checkpoint,
+        Completions,
+        DataFormat,
+        Kernel,
+        ModelFamily,
+        Phase,
+        Plan,
+        Requirement,
+        Role,
+        RunResult,
+        Sampling,
+        Shape,
+        TrainerSpec,
+    )
+
+_HOMES = {
+    "ftcore.api": ("export", "load", "run"),
+    "ftcore.compose": ("compose",),
+    "ftcore.config": (
+        "AdapterConfig",
+        "DataConfig",
+        "ExportConfig",
+        "ExtraConfig",
+        "GeneratorConfig",
+        "KernelsConfig",
+        "ModelConfig",
+        "QuantizerConfig",
+        "RewardConfig",
+        "RunConfig",
+        "TrainerConfig",
+    ),
+    "ftcore.errors": ("FtcoreError", "Problem", "Refused"),
+    "ftcore.hooks": ("hookimpl",),
+    "ftcore.patching": ("bind",),
+    "ftcore.specs": (
+        "Artifact",
+        "Bundle",
+        "Checkpoint",
+        "Completions",
+        "DataFormat",
+        "Kernel",
+        "ModelFamily",
+        "Phase",
+        "Plan",
+        "Requirement",
+        "Role",
+        "RunResult",
+        "Sampling",
+        "Shape",
+        "TrainerSpec",
+    ),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [  # noqa: PLE0604
+    "AdapterConfig",
+    "Artifact",
+    "Bundle",
+    "Checkpoint",
+    "Completions",
+    "DataConfig",
+    "DataFormat",
+    "ExportConfig",
+    "ExtraConfig",
+    "FtcoreError",
+    "GeneratorConfig",
+    "Kernel",
+    "KernelsConfig",
+    "ModelConfig",
+    "ModelFamily",
+    "Phase",
+    "Plan",
+    "Problem",
+    "QuantizerConfig",
+    "Refused",
+    "Requirement",
+    "RewardConfig",
+    "Role",
+    "RunConfig",
+    "RunResult",
+    "Sampling",
+    "Shape",
+    "TrainerConfig",
+    "TrainerSpec",
+    "bind",
+    "compose",
+    "export",
+    "hookimpl",
+    "load",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'ftcore' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,82 @@
+"""Core's trainer callbacks: the metrics file and the progress line."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class JsonlMetrics(TrainerCallback):
+    """Appends one JSON object per log to a file. A value that is not finite is written as null, never as 0."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Write what the trainer logs."""
+        if not state.is_world_process_zero or not logs:
+            return
+        entry = {"step": state.global_step, "time": round(time.time(), 3), **{k: _plain(v) for k, v in logs.items()}}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+class Progress(TrainerCallback):
+    """A bar on a terminal; elsewhere a plain line about ten times a run."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._start = 0.0
+        self._last: dict[str, Any] = {}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start counting."""
+        self._start = time.monotonic()
+        if state.is_world_process_zero and sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=state.max_steps)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Remember what was logged; show it."""
+        self._last |= logs or {}
+        if not state.is_world_process_zero or state.global_step == 0:
+            return
+        text = " ".join(f"{name} {self._last[name]:.4g}" for name in ("loss", "reward", "eval_loss") if name in self._last)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step, description=text)
+        elif "loss" in (logs or {}) and _due(state.global_step, state.max_steps):
+            pace = (time.monotonic() - self._start) / state.global_step
+            print(f"step {state.global_step}/{state.max_steps}  {text}  {pace:.2f} s/step", flush=True)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _due(step: int, total: int) -> bool:
+    every = max(1, total // 10)
+    return step == 1 or step == total or step % every == 0
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (int, float, str, bool, list, dict)) or value is None else float(value)

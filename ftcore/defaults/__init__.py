@@ -1,0 +1,12 @@
+"""Core's own answers to the hooks. They are registered first and marked `trylast`, so every plugin comes before them."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+
+def modules() -> tuple[ModuleType, ...]:
+    """The modules with core's hookimpls."""
+    from ftcore.defaults import checks, data, model, train
+
+    return checks, model, data, train

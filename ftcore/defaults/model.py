@@ -1,0 +1,68 @@
+"""Core's loading of tokenizer and model, and its patching."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ftcore import checkpoint
+from ftcore.hooks import hookimpl
+from ftcore.specs import PatchReport, Phase, Plan
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@hookimpl(trylast=True)
+def ftcore_load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
+    """AutoTokenizer; a pad token is chosen where there is none, and the family's chat template fills in for a missing one."""
+    from transformers import AutoTokenizer
+
+    assert plan.run.model is not None
+    model = plan.run.model
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        checkpoint.locate(model, plan.family), revision=model.revision
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template and plan.family.chat_template:
+        tokenizer.chat_template = plan.family.chat_template
+    return tokenizer
+
+
+@hookimpl(trylast=True)
+def ftcore_load_model(plan: Plan, quantization: Any | None) -> PreTrainedModel:
+    """The family's auto class. A checkpoint that carries a quantization config is loaded as it is."""
+    import torch
+    import transformers
+
+    assert plan.run.model is not None
+    model = plan.run.model
+    options: dict[str, Any] = {"dtype": getattr(torch, plan.dtype), "revision": model.revision}
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    if plan.device.kind == "cuda":
+        options["device_map"] = {"": torch.cuda.current_device()}  # straight to the GPU, never whole in host memory
+    if model.rope_scaling:
+        config = checkpoint.config_of(model, plan.family)
+        config.rope_parameters = {**(config.rope_parameters or {}), **model.rope_scaling}
+        options["config"] = config
+    auto = getattr(transformers, plan.family.auto_class)
+    loaded: PreTrainedModel = auto.from_pretrained(checkpoint.locate(model, plan.family), **options)
+    loaded.config.use_cache = False
+    return loaded
+
+
+@hookimpl(trylast=True)
+def ftcore_patch_model(plan: Plan, model: torch.nn.Module, phase: Phase) -> PatchReport:
+    """Roles of the family x kernels of the selected sets, on instances."""
+    from ftcore.patching import patch
+
+    roles = [role for role in plan.family.roles if not (plan.trainer and role.name in plan.trainer.fuses)]
+    return patch(model, roles, plan.kernels, plan.device, phase, plan.run.patching.prefer)
+
+
+@hookimpl(trylast=True)
+def ftcore_quantize_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Nothing to do after loading."""
+    return model

@@ -1,0 +1,56 @@
+"""Core's training, evaluation, metrics and progress."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ftcore.errors import Exit, Problem, Refused
+from ftcore.hooks import hookimpl
+from ftcore.manager import import_function
+from ftcore.specs import Plan, Reward, TrainReport
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerCallback
+
+
+@hookimpl(trylast=True)
+def ftcore_rewards(plan: Plan) -> Sequence[Reward]:
+    """The user's own functions: `rewards=[file.py:function]`."""
+    return [import_function(text, "rewards") for text in plan.run.rewards]
+
+
+@hookimpl(trylast=True)
+def ftcore_callbacks(plan: Plan) -> Sequence[TrainerCallback]:
+    """metrics.jsonl and the progress line are always on."""
+    from ftcore.callbacks import JsonlMetrics, Progress
+
+    return [JsonlMetrics(plan.output_dir / "metrics.jsonl"), Progress()]
+
+
+@hookimpl(trylast=True)
+def ftcore_train(plan: Plan, trainer: Trainer) -> TrainReport:
+    """`trainer.train()`, from a checkpoint where `resume` names one; held-out rows are measured before the first step."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    metrics: dict[str, float] = {}
+    resume = plan.run.resume
+    if resume == "last":
+        folder = plan.output_dir / "checkpoints"
+        resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if resume is None:
+            raise Refused(Problem("resume", f"{folder} holds no checkpoint", "leave resume out, or set output_dir", Exit.MISSING_INPUT))
+    elif trainer.eval_dataset is not None:
+        metrics |= {f"{name}_before": value for name, value in trainer.evaluate().items() if name == "eval_loss"}
+    output = trainer.train(resume_from_checkpoint=resume)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if losses:
+        metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
+    metrics |= {"train_loss": output.training_loss, "train_seconds": output.metrics.get("train_runtime", 0.0)}
+    return TrainReport(steps=trainer.state.global_step, metrics=metrics, history=trainer.state.log_history)
+
+
+@hookimpl(trylast=True)
+def ftcore_evaluate(trainer: Trainer) -> Mapping[str, float]:
+    """`trainer.evaluate()` where there are held-out rows."""
+    return trainer.evaluate() if trainer.eval_dataset is not None else {}

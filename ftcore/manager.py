@@ -1,0 +1,228 @@
+"""The plugin manager of one run: core, the selected plugins, and whatever the user added, in that order."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, ParamSpec, TypeVar
+
+import pluggy
+
+from ftcore import hooks as specs
+from ftcore.catalog import Catalog, Option, nearest
+from ftcore.config import KINDS, MANY, RunConfig
+from ftcore.errors import Exit, FtcoreError, NoAnswer, PluginConflict, PluginError, Problem, Refused
+from ftcore.specs import PluginInfo
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+WHO_ANSWERS = {
+    "ftcore_model_family": "+model=",
+    "ftcore_trainer_spec": "+trainer=",
+    "ftcore_make_trainer": "+trainer=",
+    "ftcore_adapt_model": "adapter=",
+    "ftcore_data_format": "data=",
+    "ftcore_make_generator": "generator=",
+}
+
+
+class _Manager(pluggy.PluginManager):
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        # Touch hook names only: a plugin may have attributes that are costly or unsafe to read (pytest #1073).
+        if not name.startswith(specs.PREFIX):
+            return None
+        opts = super().parse_hookimpl_opts(plugin, name)
+        if opts is None and inspect.isfunction(function := getattr(plugin, name)):
+            raise PluginError(
+                f"{function.__module__}.{name} is named like a hook but is not marked as one\n"
+                "    fix: put @ftcore.hookimpl above it"
+            )
+        return opts
+
+
+class Hooks:
+    """Typed calls of the hooks of one run."""
+
+    def __init__(self) -> None:
+        self._pm = _Manager(specs.PROJECT)
+        self._pm.add_hookspecs(specs)
+        self._origins: dict[str, str] = {}
+
+    @classmethod
+    def for_run(cls, config: RunConfig, catalog: Catalog, plugins: Sequence[object] = ()) -> Hooks:
+        """Core, then the selected options in the order of the kinds, then `config.plugins`, then `plugins`.
+
+        Raises PluginConflict when two selected plugins answer the same first hook, PluginError for hooks that do not
+        match their specs, Refused for a file or module that does not exist.
+        """
+        from ftcore import defaults
+
+        hooks = cls()
+        for module in defaults.modules():
+            hooks._register(module, f"core/{module.__name__.rpartition('.')[2]}", "ftcore")
+        selected = [option.load() for option in selected_options(config, catalog)]
+        for option, module in zip(selected_options(config, catalog), selected, strict=True):
+            hooks._register(module, f"{option.kind}/{option.name}", option.origin)
+        hooks._refuse_conflicts([f"{o.kind}/{o.name}" for o in selected_options(config, catalog)])
+        for text in config.plugins:
+            hooks._register(import_plugin(text, "plugins"), f"plugins/{text}", text)
+        for number, plugin in enumerate(plugins):
+            name = getattr(plugin, "__name__", type(plugin).__name__)
+            hooks._register(_as_plugin(plugin), f"python/{number}.{name}", "python")
+        return hooks
+
+    def add_core(self, plugin: object, name: str) -> None:
+        """Register an object of core's that needs these hooks itself. Its impls are `trylast`."""
+        self._register(plugin, name, "ftcore")
+
+    def first(self, spec: Callable[P, R | None], *args: P.args, **kwargs: P.kwargs) -> R:
+        """The answer of a first hook.
+
+        Raises NoAnswer when nobody answers.
+        """
+        answer: R | None = self.maybe(spec, *args, **kwargs)
+        if answer is None:
+            name = _name(spec)
+            hint = f"; select one with {WHO_ANSWERS[name]}..." if name in WHO_ANSWERS else ""
+            raise NoAnswer(f"no active plugin answered {name}{hint}")
+        return answer
+
+    def maybe(self, spec: Callable[P, R | None], *args: P.args, **kwargs: P.kwargs) -> R | None:
+        """The answer of a first hook, or None."""
+        answer: R | None = getattr(self._pm.hook, _name(spec))(**kwargs)
+        return answer
+
+    def collect(self, spec: Callable[P, Sequence[R]], *args: P.args, **kwargs: P.kwargs) -> list[R]:
+        """All answers of an all hook, joined in the order of selection."""
+        answers = getattr(self._pm.hook, _name(spec))(**kwargs)
+        # pluggy asks the last registered first.
+        return [item for answer in reversed(answers) if answer is not None for item in answer]
+
+    def infos(self) -> tuple[PluginInfo, ...]:
+        """Every active plugin, in order of registration."""
+        return tuple(
+            PluginInfo(name=name, origin=self._origins[name], hooks=tuple(sorted(self._implemented(plugin))))
+            for name, plugin in self._pm.list_name_plugin()
+            if plugin is not None
+        )
+
+    def who_answers(self, spec: Callable[..., Any]) -> list[str]:
+        """Names of the plugins behind a hook, the one that is asked first in front; wrappers carry a `~`."""
+        caller = getattr(self._pm.hook, _name(spec))
+        return [
+            ("~" if impl.wrapper or impl.hookwrapper else "") + impl.plugin_name
+            for impl in reversed(caller.get_hookimpls())
+        ]
+
+    def _register(self, plugin: object, name: str, origin: str) -> None:
+        for hook in (n for n in dir(plugin) if n.startswith(specs.PREFIX)):
+            if not hasattr(specs, hook) and callable(getattr(plugin, hook)):
+                near = nearest(hook, spec_names())
+                fix = f"did you mean {near}?" if near else "docs/reference/hooks.md lists the hooks"
+                raise PluginError(f"{name} ({origin}) implements an unknown hook {hook}\n    fix: {fix}")
+        try:
+            self._pm.register(plugin, name)
+        except pluggy.PluginValidationError as error:
+            raise PluginError(f"{name} ({origin}): {_signature_hint(plugin) or error}") from error
+        except ValueError as error:
+            raise PluginError(f"{name} ({origin}) is given twice\n    fix: name it once") from error
+        self._origins[name] = origin
+
+    def _implemented(self, plugin: object) -> Iterator[str]:
+        callers = self._pm.get_hookcallers(plugin) or []
+        return (caller.name for caller in callers)
+
+    def _refuse_conflicts(self, selected: Sequence[str]) -> None:
+        for name in spec_names():
+            if not (getattr(specs, name).ftcore_spec or {}).get("firstresult"):
+                continue
+            impls = getattr(self._pm.hook, name).get_hookimpls()
+            rivals = [i.plugin_name for i in impls if i.plugin_name in selected and not (i.wrapper or i.hookwrapper)]
+            if len(rivals) > 1:
+                raise PluginConflict(
+                    f"{' and '.join(f'{r} ({self._origins[r]})' for r in rivals)} both answer {name}\n"
+                    "    fix: select only one of them, make one a wrapper, or settle it with plugins=[my_hooks.py]"
+                )
+
+
+def spec_names() -> list[str]:
+    """All hook names, in call order."""
+    return [name for name in vars(specs) if name.startswith(specs.PREFIX)]
+
+
+def selected_options(config: RunConfig, catalog: Catalog) -> list[Option]:
+    """The selected options, in the order of the kinds and, within one, in the order given."""
+    options = []
+    for kind in KINDS:
+        value = getattr(config, kind)
+        names = list(value) if kind in MANY else [value.name] if value is not None else []
+        options += [catalog.find(kind, value[n].name or n if kind in MANY else n) for n in names]
+    return options
+
+
+def import_plugin(text: str, key: str) -> ModuleType:
+    """Import `package.module` or `path/to/file.py`.
+
+    Raises Refused when it is not there, PluginError when it does not import.
+    """
+    try:
+        if not text.endswith(".py"):
+            return importlib.import_module(text)
+        path = Path(text).expanduser().resolve()
+        if not path.is_file():
+            raise Refused(Problem(key, f"there is no file {text}", "paths are relative to where you run ftcore", Exit.MISSING_INPUT))
+        # A name of its own: two files called hooks.py in different folders must not be one module.
+        name = f"ftcore_user_{path.stem}_{abs(hash(str(path))):x}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses and spawned workers look their module up by name
+        spec.loader.exec_module(module)
+        return module
+    except FtcoreError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{key}=[{text}] cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def import_function(text: str, key: str) -> Callable[..., Any]:
+    """Import `file.py:function` or `package.module:function`.
+
+    Raises Refused when the text has no colon or the module has no such function.
+    """
+    source, _, name = text.rpartition(":")
+    if not source:
+        raise Refused(Problem(key, f"'{text}' names no function", f"write {key}=[{text}:my_function]"))
+    module = import_plugin(source, key)
+    function = getattr(module, name, None)
+    if not callable(function):
+        near = nearest(name, [n for n, v in vars(module).items() if inspect.isfunction(v)])
+        raise Refused(Problem(key, f"{source} has no function '{name}'", f"did you mean {source}:{near}?" if near else ""))
+    return function  # type: ignore[no-any-return]
+
+
+def _as_plugin(plugin: object) -> object:
+    """A single decorated function becomes an object with that one hook."""
+    return SimpleNamespace(**{plugin.__name__: plugin}) if inspect.isfunction(plugin) else plugin
+
+
+def _signature_hint(plugin: object) -> str | None:
+    for name in dir(plugin):
+        spec = getattr(specs, name, None)
+        if not name.startswith(specs.PREFIX) or not inspect.isfunction(spec):
+            continue
+        known = list(inspect.signature(spec).parameters)
+        wrong = [p for p in inspect.signature(getattr(plugin, name)).parameters if p not in known]
+        if wrong:
+            return f"{name} takes no argument '{wrong[0]}'\n    fix: its arguments are ({', '.join(known)}); leave out what you do not need"
+    return None
+
+
+def _name(spec: Callable[..., Any]) -> str:
+    return spec.__name__

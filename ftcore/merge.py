@@ -1,0 +1,111 @@
+"""One model out of base and adapter, in 16 bits: the adapter is added in float32 and rounded once."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ftcore.errors import Problem, Refused
+from ftcore.paths import whole_folder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+QUANTIZED = ("Linear4bit", "Linear8bitLt")
+"""bitsandbytes' layers, whose weights are unpacked for a merged model."""
+
+
+def write_merged(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str = "auto"
+) -> Path:
+    """Write the merged model as a transformers checkpoint folder; the model itself is not changed.
+
+    `dtype` is `float16`, `bfloat16`, `float32`, or `auto`: the model's own if it has 16 bits; else float16, whose 10 bits of
+    mantissa stay closer to float32 than bfloat16's 7, unless a weight is too large for it.
+    """
+    import torch
+    from huggingface_hub import save_torch_state_dict
+
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    weights = merged_weights(base)
+    target = getattr(torch, dtype) if dtype != "auto" else _sixteen_bits(weights)
+    config = copy.deepcopy(base.config)
+    config.dtype, config.use_cache = target, True
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    tied = {name for name in getattr(base, "_tied_weights_keys", None) or () if config.get_text_config().tie_word_embeddings}
+    state = {n: w.to(target).cpu().contiguous() for n, w in weights.items() if n not in tied}
+    with whole_folder(folder) as work:
+        config.save_pretrained(work)
+        if base.generation_config is not None:
+            base.generation_config.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        save_torch_state_dict(state, work, max_shard_size="5GB")
+    return folder
+
+
+def merged_weights(base: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameter and persistent buffer names of the plain model to merged values; changed ones are float32."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    special = {
+        name: module
+        for name, module in base.named_modules()
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)) or type(module).__name__ in QUANTIZED
+    }
+    weights = {
+        name: value
+        for name, value in base.state_dict().items()
+        if not any(name.startswith(f"{path}.") for path in special)
+    }
+    for path, module in special.items():
+        if any(path.startswith(f"{outer}.") for outer in special):
+            continue  # the layer inside an adapter is merged with it
+        weights |= {f"{path}.{name}": value for name, value in _merged_module(path, module).items()}
+    return weights
+
+
+def _merged_module(path: str, module: Any) -> dict[str, torch.Tensor]:
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if type(module).__name__ in QUANTIZED:
+        return _with_bias({"weight": _unpacked(module)}, module)
+    if not isinstance(module, BaseTunerLayer):  # modules_to_save: the trained copy replaces the original
+        return dict(module.modules_to_save[module.active_adapters[0]].state_dict())
+    layer = module.get_base_layer()
+    if type(layer).__name__ in QUANTIZED:
+        if any(getattr(module, "use_dora", {}).values()):
+            raise Refused(Problem("export", f"DoRA over quantized weights cannot be merged exactly ({path})", "export the adapter, or train over 16-bit weights"))
+        delta = sum(module.get_delta_weight(name) for name in module.active_adapters)
+        return _with_bias({"weight": _unpacked(layer) + delta.float()}, layer)
+    # One layer at a time in float32, merged by PEFT itself, so that every variant (rsLoRA, DoRA, ...) is exact.
+    single = copy.deepcopy(module).float()
+    with torch.no_grad():
+        single.merge(safe_merge=True)
+    return dict(single.get_base_layer().state_dict())
+
+
+def _unpacked(layer: Any) -> torch.Tensor:
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(layer).float()
+
+
+def _with_bias(weights: dict[str, torch.Tensor], layer: Any) -> dict[str, torch.Tensor]:
+    return weights if layer.bias is None else {**weights, "bias": layer.bias.detach()}
+
+
+def _sixteen_bits(weights: dict[str, torch.Tensor]) -> torch.dtype:
+    import torch
+
+    kinds = [w.dtype for w in weights.values() if w.is_floating_point()]
+    for kind in (torch.bfloat16, torch.float16):
+        if kind in kinds:
+            return kind
+    largest = max(float(w.abs().max()) for w in weights.values() if w.is_floating_point() and w.numel())
+    return torch.float16 if largest < torch.finfo(torch.float16).max else torch.bfloat16

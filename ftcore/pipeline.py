@@ -1,0 +1,156 @@
+"""A run, as one straight line of hook calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ftcore import hooks as h
+from ftcore.catalog import installed
+from ftcore.config import RunConfig
+from ftcore.defaults.plan import PlanMaker
+from ftcore.device import Device
+from ftcore.errors import Problem, Refused, refuse
+from ftcore.manager import Hooks
+from ftcore.specs import Answer, Artifact, Checkpoint, Loaded, PatchReport, Phase, Plan, RunResult
+
+if TYPE_CHECKING:
+    import torch
+
+
+def prepare(config: RunConfig, plugins: Sequence[object] = (), check: bool = True) -> tuple[Hooks, Plan]:
+    """The hooks and the plan of a run; no weight is read.
+
+    Raises Refused with all problems at once.
+    """
+    catalog = installed()
+    hooks = _hooks(config, plugins)
+    if reward := _sample_reward(config, hooks):
+        config = replace(config, reward={reward: catalog.find("reward", reward).config_class()(name=reward)})
+        hooks = _hooks(config, plugins)
+    plan = hooks.first(h.ftcore_make_plan, config=config, device=Device())
+    if check:
+        refuse(hooks.collect(h.ftcore_check_plan, plan=plan))
+        if plan.trainer and plan.trainer.wants_rewards and not (_rewarded(hooks) or config.rewards):
+            raise Refused(_no_reward(config))
+    return hooks, plan
+
+
+def load(hooks: Hooks, plan: Plan) -> Loaded:
+    """From a plan to a quantized, patched and adapted model with its tokenizer."""
+    tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
+    quantization = hooks.maybe(h.ftcore_quantization_config, plan=plan)
+    model: torch.nn.Module = hooks.first(h.ftcore_load_model, plan=plan, quantization=quantization)
+    base = hooks.first(h.ftcore_patch_model, plan=plan, model=model, phase=Phase.BASE)
+    model = hooks.first(h.ftcore_quantize_model, plan=plan, model=model)  # type: ignore[arg-type]
+    model = hooks.first(h.ftcore_adapt_model, plan=plan, model=model)  # type: ignore[arg-type]
+    fused = hooks.first(h.ftcore_patch_model, plan=plan, model=model, phase=Phase.ADAPTED)
+    patches = PatchReport(claims=base.claims + fused.claims, skipped=base.skipped + fused.skipped)
+    return Loaded(plan=plan, model=model, tokenizer=tokenizer, patches=patches)
+
+
+def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
+    """Train, evaluate and export, as the config says.
+
+    Raises Refused before any weight is read when something is wrong.
+    """
+    from ftcore import memory
+    from ftcore.answers import answers_to
+    from ftcore.record import RunFolder, Stopwatch
+
+    watch = Stopwatch()
+    hooks, plan = prepare(config, plugins)
+    if plan.trainer is None:
+        raise Refused(Problem("trainer", "no trainer is selected", "add +trainer=NAME; `ftcore plugins trainer` lists them"))
+    with RunFolder(plan) as folder:
+        loaded = load(hooks, plan)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        folder.show_patches(loaded.patches)
+        watch.lap("load")
+
+        raw = hooks.first(h.ftcore_load_dataset, plan=plan)
+        dataset = hooks.first(h.ftcore_format_dataset, plan=plan, dataset=raw, tokenizer=tokenizer)
+        collator = hooks.maybe(h.ftcore_make_collator, plan=plan, tokenizer=tokenizer)
+        watch.lap("data")
+
+        prompts = plan.run.prompts or (list(plan.format.sample_prompts) if _on_sample(plan) and plan.format else [])
+        before = answers_to(prompts, model, tokenizer, plan.run.sampling)
+        watch.lap("answers_before")
+
+        memory.apply(plan, model)
+        rewards = hooks.collect(h.ftcore_rewards, plan=plan)
+        callbacks = hooks.collect(h.ftcore_callbacks, plan=plan)
+        generator = hooks.maybe(h.ftcore_make_generator, plan=plan, model=model, tokenizer=tokenizer)
+        optimizer = hooks.maybe(h.ftcore_make_optimizer, plan=plan, model=model)
+        trainer = hooks.first(
+            h.ftcore_make_trainer,
+            plan=plan,
+            model=model,
+            tokenizer=tokenizer,
+            dataset=dataset,
+            collator=collator,
+            rewards=rewards,
+            callbacks=callbacks,
+            generator=generator,
+            optimizer=optimizer,
+        )
+        trained = hooks.first(h.ftcore_train, plan=plan, trainer=trainer)
+        watch.lap("train")
+        metrics = {**trained.metrics, **hooks.first(h.ftcore_evaluate, plan=plan, trainer=trainer)}
+        watch.lap("evaluate")
+        after = answers_to(prompts, model, tokenizer, plan.run.sampling)
+        watch.lap("answers_after")
+
+        folder.save_trained(loaded)
+        artifacts = export(hooks, loaded)
+        watch.lap("export")
+        result = RunResult(
+            output_dir=plan.output_dir,
+            metrics=metrics,
+            artifacts=artifacts,
+            patches=loaded.patches,
+            timings=watch.laps,
+            answers=[Answer(prompt=p, before=b, after=a) for p, b, a in zip(prompts, before, after, strict=True)],
+        )
+        folder.finish(result, trained)
+    return result
+
+
+def export(hooks: Hooks, loaded: Loaded) -> list[Artifact]:
+    """Run the selected exporters on a model."""
+    checkpoint = Checkpoint(model=loaded.model, tokenizer=loaded.tokenizer, plan=loaded.plan)
+    try:
+        return hooks.collect(h.ftcore_export, plan=loaded.plan, checkpoint=checkpoint)
+    finally:
+        checkpoint.discard()
+
+
+def _hooks(config: RunConfig, plugins: Sequence[object]) -> Hooks:
+    hooks = Hooks.for_run(config, installed(), plugins)
+    hooks.add_core(PlanMaker(hooks), "core/plan")
+    return hooks
+
+
+def _on_sample(plan: Plan) -> bool:
+    return plan.run.data is not None and plan.run.data.path is None
+
+
+def _rewarded(hooks: Hooks) -> bool:
+    return any(not name.startswith("core/") for name in hooks.who_answers(h.ftcore_rewards))
+
+
+def _sample_reward(config: RunConfig, hooks: Hooks) -> str | None:
+    """The reward that a trainer names for its shipped sample rows, where the user named none."""
+    if config.trainer is None or config.rewards or config.reward or (config.data and config.data.path):
+        return None
+    if _rewarded(hooks):
+        return None
+    module = installed().find("trainer", config.trainer.name).load()
+    name: str | None = getattr(module, "SAMPLE_REWARD", None)
+    return name
+
+
+def _no_reward(config: RunConfig) -> Problem:
+    name = config.trainer.name if config.trainer else "the trainer"
+    return Problem("reward", f"{name} needs a reward", "add +reward=[length], or rewards=[my_rewards.py:my_function]")

@@ -1,0 +1,142 @@
+"""The run folder: what is written there, and when."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ftcore import report
+from ftcore.compose import record
+from ftcore.paths import whole_folder
+from ftcore.specs import Loaded, PatchReport, Plan, RunResult, TrainReport
+
+RUN_FILE = "run.json"
+TRAINED = "trained"
+"""Folder with the adapter, or the full model, that a run trained."""
+VERSIONS = ("ftcore", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "triton")
+
+
+class Stopwatch:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap belongs to `name`."""
+        now = time.monotonic()
+        self.laps[name] = round(now - self._last, 3)
+        self._last = now
+
+
+class RunFolder:
+    """Writes config.yaml and run.json at the start, and the outcome at the end, also of a run that fails."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._path = plan.output_dir
+        self._state: dict[str, Any] = {}
+
+    def __enter__(self) -> RunFolder:
+        record(self._plan.run, self._path)
+        self._state = {
+            "status": "running",
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {name: _version(name) for name in VERSIONS},
+            "python": platform.python_version(),
+            "device": self._plan.device.name,
+            "dtype": self._plan.dtype,
+            "plugins": [asdict(info) for info in self._plan.plugins],
+        }
+        self._write()
+        report.note(f"run folder: {self._path}")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self._state |= {"status": "failed", "error": f"{kind.__name__}: {error}"}
+            self._write()
+
+    def show_patches(self, patches: PatchReport) -> None:
+        """Print and record which kernels were put where."""
+        self._state["patches"] = {
+            "claims": [asdict(claim) for claim in patches.claims],
+            "skipped": [asdict(skip) for skip in patches.skipped],
+        }
+        counts = patches.counts()
+        text = ", ".join(f"{kernel} on {count}" for (_, kernel), count in counts.items()) or "none"
+        report.note(f"kernels: {text}")
+        for skip in patches.skipped:
+            report.note(f"  no kernel for {skip.role} ({skip.module}): {skip.reason}")
+
+    def save_trained(self, loaded: Loaded) -> None:
+        """Keep the adapter, or the full model, and the tokenizer: what `run=FOLDER` loads again."""
+        model: Any = loaded.model
+        with whole_folder(self._path / TRAINED) as folder:
+            model.save_pretrained(folder)
+            loaded.tokenizer.save_pretrained(folder)
+
+    def finish(self, result: RunResult, trained: TrainReport) -> None:
+        """Record and print the outcome."""
+        self._state |= {
+            "status": "done",
+            "steps": trained.steps,
+            "metrics": {name: _finite(value) for name, value in result.metrics.items()},
+            "timings": dict(result.timings),
+            "artifacts": [{**asdict(a), "path": str(a.path)} for a in result.artifacts],
+            "answers": [asdict(answer) for answer in result.answers],
+        }
+        self._write()
+        show_result(result)
+
+    def _write(self) -> None:
+        file = self._path / RUN_FILE
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self._state, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(file)
+
+
+def show_result(result: RunResult) -> None:
+    """The outcome as a person reads it."""
+    report.heading("Result")
+    shown = ("loss_first", "loss_last", "eval_loss_before", "eval_loss", "reward", "train_seconds")
+    report.table((name, f"{result.metrics[name]:.4g}") for name in shown if name in result.metrics)
+    for answer in result.answers:
+        report.heading(f"Prompt: {answer.prompt}")
+        report.note("  before:")
+        report.paragraph(answer.before)
+        report.note("  after:")
+        report.paragraph(answer.after)
+    report.heading("Written")
+    trained = result.output_dir / TRAINED
+    rows = [(a.target, a.path, report.size(a.size), a.note) for a in result.artifacts]
+    report.table([("trained", trained, "", f"talk to it: ftcore chat run={result.output_dir}"), *rows])
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """run.json of a run folder, or None where there is none."""
+    file = folder / RUN_FILE
+    if not file.is_file():
+        return None
+    state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return state
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

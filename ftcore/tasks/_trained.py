@@ -1,0 +1,38 @@
+"""A finished run's model, loaded again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ftcore import pipeline
+from ftcore.config import RunConfig
+from ftcore.errors import Exit, Problem, Refused
+from ftcore.record import TRAINED
+from ftcore.specs import Loaded
+
+
+def trained_config(config: RunConfig) -> RunConfig:
+    """The recorded config, turned to what the run trained: its adapter, or its full model.
+
+    Raises Refused when the run folder holds neither.
+    """
+    if config.run is None:
+        return config
+    folder = Path(config.run) / TRAINED
+    assert config.model is not None and config.adapter is not None
+    if (folder / "adapter_config.json").is_file():
+        adapter: Any = replace(config.adapter, path=str(folder))  # type: ignore[call-arg]
+        return replace(config, adapter=adapter)
+    if (folder / "config.json").is_file():
+        model = replace(config.model, path=str(folder), tiny=False, shape=None)
+        return replace(config, model=model)
+    raise Refused(Problem("run", f"{config.run} holds no trained model", "it may have failed: `ftcore runs` shows", Exit.MISSING_INPUT))
+
+
+def load_trained(config: RunConfig) -> Loaded:
+    """Load what `run` trained, or the plain model when no run is named."""
+    config = replace(trained_config(config), trainer=None, extra={}, reward={}, rewards=[])
+    hooks, plan = pipeline.prepare(config)
+    return pipeline.load(hooks, plan)

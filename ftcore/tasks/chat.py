@@ -1,0 +1,36 @@
+"""`ftcore chat run=RUN`: talk to a trained model; prompts are read from standard input, one a line."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+from ftcore.answers import answer
+from ftcore.report import note, paragraph
+from ftcore.tasks._config import config_of
+from ftcore.tasks._trained import load_trained
+
+
+def main(argv: list[str]) -> int:
+    """A conversation; an empty line starts a new one, end of input ends it. Without `run` it talks to the base model."""
+    config = config_of(argv)
+    loaded = load_trained(replace(config, export={}))
+    sampling = config.sampling
+    opening = [{"role": "system", "content": sampling.system}] if sampling.system else []
+    messages = list(opening)
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        note("Write a message; an empty line starts a new conversation, Ctrl-D ends.")
+    while True:
+        if on_terminal:
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        if not line.strip():
+            messages = list(opening)
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        said = answer(messages, loaded.model, loaded.tokenizer, sampling)
+        messages.append({"role": "assistant", "content": said})
+        paragraph(said, indent="")

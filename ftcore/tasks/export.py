@@ -1,0 +1,26 @@
+"""`ftcore export run=RUN +export=[...]`: write a finished run for another consumer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ftcore import pipeline
+from ftcore.errors import Problem, Refused
+from ftcore.report import heading, size, table
+from ftcore.tasks._config import config_of, need_run
+from ftcore.tasks._trained import trained_config
+
+
+def main(argv: list[str]) -> int:
+    """Load the trained model and run the exporters on it; artifacts go into the run's own folder unless told otherwise."""
+    config = config_of(argv)
+    need_run(config, "export", "ftcore export run=runs/smollm2-sft-001 '+export=[safetensors]'")
+    if not config.export:
+        raise Refused(Problem("export", "no exporter is selected", "add '+export=[safetensors]'; `ftcore plugins export` lists them"))
+    target = config.output_dir if any(w.startswith("output_dir=") for w in argv) else config.run
+    config = replace(trained_config(config), trainer=None, extra={}, reward={}, rewards=[], output_dir=target)
+    hooks, plan = pipeline.prepare(config)
+    artifacts = pipeline.export(hooks, pipeline.load(hooks, plan))
+    heading("Written")
+    table((a.target, a.path, size(a.size), a.note) for a in artifacts)
+    return 0

@@ -1,0 +1,103 @@
+"""`ftcore plan`: what would run, decided and checked, without reading a weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from ftcore import checkpoint, pipeline
+from ftcore import hooks as h
+from ftcore.manager import Hooks, spec_names
+from ftcore.memory import micro_batch, wants_recompute
+from ftcore.report import heading, note, table
+from ftcore.specs import PatchReport, Phase, Plan
+from ftcore.tasks._config import config_of
+
+
+def main(argv: list[str]) -> int:
+    """Print the plan."""
+    hooks, plan = pipeline.prepare(config_of(argv))
+    model, patches = on_meta(hooks, plan)
+    heading("Run")
+    table(_settings(plan, model))
+    heading("Kernels")
+    _show_patches(patches)
+    heading("Stages: who answers (first asked first, ~ wraps)")
+    table((name.removeprefix(h.PREFIX), ", ".join(hooks.who_answers(getattr(h, name))) or "-") for name in spec_names())
+    note("\nNo problems found.")
+    return 0
+
+
+def on_meta(hooks: Hooks, plan: Plan) -> tuple[Any, PatchReport]:
+    """The model without weights, patched and adapted by the same hooks as in the run: exact counts and claims."""
+    import torch
+    import transformers
+
+    assert plan.run.model is not None
+    auto = getattr(transformers, plan.family.auto_class)
+    with torch.device("meta"):
+        model = auto.from_config(checkpoint.config_of(plan.run.model, plan.family), dtype=torch.bfloat16)
+    base = hooks.first(h.ftcore_patch_model, plan=plan, model=model, phase=Phase.BASE)
+    if not (plan.run.adapter and getattr(plan.run.adapter, "path", None)):
+        with torch.device("meta"):
+            model = hooks.first(h.ftcore_adapt_model, plan=plan, model=model)
+    fused = hooks.first(h.ftcore_patch_model, plan=plan, model=model, phase=Phase.ADAPTED)
+    return model, PatchReport(claims=base.claims + fused.claims, skipped=base.skipped + fused.skipped)
+
+
+def _settings(plan: Plan, model: Any) -> Iterable[tuple[str, str]]:
+    run = plan.run
+    assert run.model is not None
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    yield "model", f"{run.model.name}, {checkpoint.find(run.model, plan.family)}"
+    yield "device", f"{plan.device.name}, computing in {plan.dtype}"
+    yield "weights", f"{run.quantizer.name} (frozen layers)" if run.quantizer else plan.dtype
+    yield "adapter", run.adapter.name if run.adapter else "none"
+    yield "parameters", f"{total:,} in all, {trained:,} trained ({trained / total:.2%})"
+    if run.trainer and plan.format:
+        rows = _count_rows(plan)
+        yield "data", f"{run.data.path if run.data and run.data.path else 'shipped sample'} as {plan.format.name}, {_or_unknown(rows)} rows"
+        micro = micro_batch(plan)
+        yield "trainer", run.trainer.name
+        yield "batch", f"{run.trainer.global_batch} rows a step = {micro} x {run.trainer.global_batch // micro} accumulated"
+        yield "steps", _or_unknown(_steps(plan, rows))
+        yield "memory", f"{run.memory.value}: {'every layer recomputed' if wants_recompute(plan, model) else 'nothing recomputed'}"
+    yield "exports", ", ".join(run.export) or "none (the adapter or model is always saved)"
+    yield "run folder", str(plan.output_dir)
+
+
+def _count_rows(plan: Plan) -> int | None:
+    from ftcore.rows import iter_rows, local_files
+
+    assert plan.format is not None and plan.run.data is not None
+    if plan.run.data.streaming:
+        return None
+    files = local_files(plan.run.data.path or plan.format.sample)
+    if files is None:
+        return None
+    rows = sum(1 for file in files for _ in iter_rows(file))
+    held = plan.run.data.eval_size if not plan.run.data.eval_path else 0
+    return rows - math.ceil(rows * held if held < 1 else held)
+
+
+def _steps(plan: Plan, rows: int | None) -> int | None:
+    trainer = plan.run.trainer
+    assert trainer is not None
+    if trainer.max_steps > 0:
+        return trainer.max_steps
+    if rows is None or trainer.packing:
+        return None
+    # A group of completions shares one prompt, so fewer rows are used up a step.
+    per_row = getattr(trainer, "num_generations", 1)
+    return math.ceil(math.ceil(rows * per_row / trainer.global_batch) * trainer.epochs)
+
+
+def _or_unknown(number: int | None) -> str:
+    return "known once the data is read" if number is None else f"{number:,}"
+
+
+def _show_patches(patches: PatchReport) -> None:
+    table((role, f"{kernel} on {count} modules") for (role, kernel), count in patches.counts().items())
+    table((skip.role, f"plain transformers: {skip.reason}") for skip in patches.skipped)

@@ -1,0 +1,39 @@
+"""`ftcore runs`: the runs under a folder, newest first."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ftcore.record import RUN_FILE, read_run
+from ftcore.report import note, table
+
+
+def main(argv: list[str]) -> int:
+    """Print one line per run."""
+    parser = argparse.ArgumentParser("ftcore runs", description="List the runs, newest first.")
+    parser.add_argument("folder", nargs="?", default="runs", help="folder that holds the runs (runs)")
+    folder = Path(parser.parse_args(argv).folder)
+    found = sorted(_found(folder), key=lambda pair: str(pair[1].get("started")), reverse=True)
+    if not found:
+        note(f"no runs under {folder}/")
+        return 0
+    table((_line(path, state) for path, state in found), header=("run", "status", "steps", "loss", "eval loss", "started"))
+    return 0
+
+
+def _found(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for file in folder.rglob(RUN_FILE):
+        if state := read_run(file.parent):
+            yield file.parent, state
+
+
+def _line(path: Path, state: dict[str, Any]) -> tuple[object, ...]:
+    metrics = state.get("metrics", {})
+    return (path, state["status"], state.get("steps", "-"), _number(metrics.get("loss_last")), _number(metrics.get("eval_loss")), state["started"])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

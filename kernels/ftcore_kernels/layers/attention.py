@@ -1,0 +1,74 @@
+"""Attention of Llama's plan (optional QK-norm) with RoPE on queries and keys in one launch.
+
+Follows `LlamaAttention.forward` and `Qwen3Attention.forward` of transformers 5 step by step; only the rotation differs. The
+attention itself stays transformers' attention interface, so every implementation and mask of the model works as before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ftcore import Role, bind
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Op = Callable[..., "tuple[torch.Tensor, torch.Tensor]"]
+
+
+def forward(
+    module: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    *,
+    op: Op,
+    qk_norm: bool,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """hidden_states [B, S, H] -> ([B, S, H], attention weights or None)."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    shape = hidden_states.shape[:-1]
+    heads = (*shape, -1, module.head_dim)
+    query, key = module.q_proj(hidden_states).view(heads), module.k_proj(hidden_states).view(heads)
+    if qk_norm:
+        query, key = module.q_norm(query), module.k_norm(key)
+    value = module.v_proj(hidden_states).view(heads).transpose(1, 2)
+    query, key = op(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, module.layer_idx)
+
+    if hasattr(module, "sliding_window"):
+        kwargs["sliding_window"] = module.sliding_window
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
+    out, weights = attend(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=module.attention_dropout if module.training else 0.0,
+        scaling=module.scaling,
+        **kwargs,
+    )
+    return module.o_proj(out.reshape(*shape, -1).contiguous()), weights
+
+
+def install_triton(module: nn.Module, role: Role) -> None:
+    """Bind the Triton op."""
+    from ftcore_kernels.ops.rope import rope
+
+    bind(module, forward, op=rope, qk_norm="qk_norm" in role.traits)
+
+
+def install_reference(module: nn.Module, role: Role) -> None:
+    """Bind the plain PyTorch op."""
+    from ftcore_kernels.reference.rope import rope
+
+    bind(module, forward, op=rope, qk_norm="qk_norm" in role.traits)

@@ -1,0 +1,1 @@
+"""Kernel sets: the plugins that offer ops for roles."""

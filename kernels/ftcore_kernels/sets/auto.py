@@ -1,0 +1,23 @@
+"""Triton where there is a GPU, plain PyTorch elsewhere: the default."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ftcore import Kernel, KernelsConfig, Requirement, hookimpl
+from ftcore_kernels.sets._ops import GPU, kernels
+
+
+@dataclass
+class Config(KernelsConfig):
+    """The automatic set has no settings of its own."""
+
+
+@hookimpl
+def ftcore_kernels() -> Sequence[Kernel]:
+    """Both implementations; what they need of the device keeps all but one of them away, so none is asked for here."""
+    if importlib.util.find_spec("triton") is None:
+        return kernels("reference", Requirement())
+    return [*kernels("triton", GPU), *kernels("reference", Requirement(device="cpu"))]

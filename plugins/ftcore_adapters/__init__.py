@@ -1,0 +1,1 @@
+"""Adapters: what of the model is trained."""

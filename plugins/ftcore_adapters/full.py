@@ -1,0 +1,38 @@
+"""Full fine-tuning: every weight is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ftcore import AdapterConfig, Plan, Problem, hookimpl
+from ftcore.checkpoint import read_config
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Config(AdapterConfig):
+    """Full fine-tuning has no settings of its own."""
+
+
+@hookimpl
+def ftcore_check_plan(plan: Plan) -> list[Problem]:
+    """Quantized weights have no gradients."""
+    assert plan.run.model is not None
+    if plan.run.quantizer:
+        return [Problem("adapter", f"full fine-tuning cannot train {plan.run.quantizer.name} weights", "use adapter=lora, or leave the quantizer out")]
+    if not plan.run.model.tiny and (read_config(plan.run.model, plan.family) or {}).get("quantization_config"):
+        return [Problem("adapter", "the checkpoint is quantized and cannot be trained in full", "use adapter=lora")]
+    return []
+
+
+@hookimpl
+def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
+    """All parameters require gradients; float16 weights become float32, which loss scaling needs."""
+    if plan.dtype == "float16":
+        model.float()
+    model.requires_grad_(True)
+    return model

@@ -1,0 +1,1 @@
+"""Data formats: how raw rows look, how they are checked, and what they become."""

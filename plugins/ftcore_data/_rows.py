@@ -1,0 +1,73 @@
+"""Checks and conversions that formats of conversations share. A check returns why a row is bad, or None."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+Row = Mapping[str, Any]
+Message = dict[str, Any]
+
+
+def sample(name: str) -> str:
+    """Path of shipped rows."""
+    return str(Path(__file__).parent / "samples" / name)
+
+
+def missing(row: Row, *columns: str) -> str | None:
+    """The first column that is absent."""
+    absent = [c for c in columns if c not in row]
+    return f"has no column '{absent[0]}' (it has {', '.join(row) or 'none'})" if absent else None
+
+
+def not_text(row: Row, column: str, empty_ok: bool = False) -> str | None:
+    """The column holds no words."""
+    value = row.get(column)
+    if not isinstance(value, str):
+        return f"column '{column}' is {_name(value)}, not text"
+    return None if value.strip() or empty_ok else f"column '{column}' is empty"
+
+
+def check_messages(messages: Any, column: str = "messages", answered: bool = True) -> str | None:
+    """A list of {role, content} with known roles, words in each, and at least one answer where one is needed."""
+    if not isinstance(messages, list):
+        return f"column '{column}' is {_name(messages)}, not a list of messages"
+    if not messages:
+        return f"column '{column}' is an empty conversation"
+    for number, message in enumerate(messages, 1):
+        if reason := _check_message(message, number):
+            return reason
+    roles = [m["role"] for m in messages]
+    if answered and "assistant" not in roles:
+        return "has no assistant message, so nothing would be trained"
+    if not answered and roles[-1] == "assistant":
+        return "ends with an assistant message; a prompt ends with the user's"
+    return None
+
+
+def _check_message(message: Any, number: int) -> str | None:
+    if not isinstance(message, dict) or "role" not in message:
+        return f"message {number} is not an object with 'role' and 'content'"
+    if message["role"] not in ROLES:
+        return f"message {number} has the unknown role '{message['role']}' (known: {', '.join(ROLES)})"
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return None
+    if not isinstance(content, str):
+        return f"message {number} ({message['role']}) has {_name(content)} as content, not text"
+    if not content.strip():
+        return f"message {number} ({message['role']}) is empty"
+    return None
+
+
+def plain_messages(messages: Sequence[Row]) -> list[Message]:
+    """Messages with the keys that have a value: `datasets` fills absent ones with None."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _name(value: Any) -> str:
+    names = {"NoneType": "null", "str": "text", "dict": "an object", "list": "a list", "bool": "true or false"}
+    return names.get(type(value).__name__, f"a {type(value).__name__}")

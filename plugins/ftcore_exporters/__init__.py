@@ -1,0 +1,1 @@
+"""Exporters: the trained model for each consumer."""

@@ -1,0 +1,1 @@
+"""Extras: callbacks, trackers, observers."""

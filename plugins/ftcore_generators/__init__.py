@@ -1,0 +1,1 @@
+"""Generators: who writes completions for reinforcement learning."""

@@ -1,0 +1,87 @@
+"""Completions by transformers' own `generate`, with the very weights that are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ftcore import Completions, GeneratorConfig, Sampling, hookimpl
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass
+class Config(GeneratorConfig):
+    """The transformers generator's settings."""
+
+    batch: int = 64
+    """Prompts completed at once."""
+
+
+@hookimpl
+def ftcore_make_generator(plan: Any, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> TransformersGenerator:
+    """A generator over the model that is trained: no copy."""
+    return TransformersGenerator(model, tokenizer, plan.config(Config).batch)
+
+
+class TransformersGenerator:
+    """Left-padded batches through `model.generate`."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch: int) -> None:
+        self._model, self._tokenizer, self._batch = model, tokenizer, batch
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
+        """One completion per prompt; each ends with the end token unless it was cut off."""
+        from ftcore.answers import end_ids, evaluating
+
+        ends = set(end_ids(self._model, self._tokenizer))
+        ids: list[list[int]] = []
+        with evaluating(self._model):
+            for start in range(0, len(prompt_ids), self._batch):
+                rows = self._complete(prompt_ids[start : start + self._batch], sampling, sorted(ends))
+                ids += [_until_end(row, ends) for row in rows]
+        return Completions(ids=ids)
+
+    def begin_rollout(self) -> None:
+        """Nothing to take."""
+
+    def end_rollout(self) -> None:
+        """Nothing to give back."""
+
+    def weights_changed(self) -> None:
+        """The weights are the trained ones themselves."""
+
+    def _complete(self, prompts: Sequence[Sequence[int]], sampling: Sampling, ends: list[int]) -> list[list[int]]:
+        import torch
+        from transformers import GenerationConfig
+
+        pad: Any = self._tokenizer.pad_token_id
+        width = max(map(len, prompts))
+        tokens = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=self._model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._model.device)
+        settings = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True, **_drawing(sampling)
+        )
+        with torch.no_grad():
+            out = self._model.generate(input_ids=tokens, attention_mask=mask, generation_config=settings)
+        rows: list[list[int]] = out[:, width:].tolist()
+        return rows
+
+
+def _drawing(sampling: Sampling) -> dict[str, Any]:
+    if sampling.temperature == 0:
+        return {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    if sampling.min_p:
+        options["min_p"] = sampling.min_p
+    return options | {"repetition_penalty": sampling.repetition_penalty}
+
+
+def _until_end(row: list[int], ends: set[int]) -> list[int]:
+    for position, token in enumerate(row):
+        if token in ends:
+            return row[: position + 1]
+    return row

@@ -1,0 +1,1 @@
+"""Model families, one module and one entry point each."""

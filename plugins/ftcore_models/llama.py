@@ -1,0 +1,60 @@
+"""Llama 3, 3.1, 3.2 and 3.3, and every other checkpoint of type `llama`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftcore import ModelConfig, ModelFamily, Role, hookimpl
+from ftcore_models._llama_like import LORA_TARGETS, TINY
+
+ROLES = (Role("rms_norm", "LlamaRMSNorm"), Role("mlp", "LlamaMLP"), Role("attention", "LlamaAttention"))
+
+_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+SHAPES = {
+    "llama3.2-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_parameters": {**_ROPE, "factor": 32.0},
+    },
+    "llama3.1-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "rope_parameters": {**_ROPE, "factor": 8.0},
+    },
+}
+
+
+@dataclass
+class Config(ModelConfig):
+    """Llama's settings."""
+
+    id: str = "meta-llama/Llama-3.2-1B-Instruct"
+    """Checkpoint id on the Hugging Face hub."""
+
+
+@hookimpl
+def ftcore_model_family() -> ModelFamily:
+    """Decoder with pre-norm, grouped-query attention, RoPE and SwiGLU."""
+    return ModelFamily(model_types=("llama",), roles=ROLES, lora_targets=LORA_TARGETS, tiny=TINY, shapes=SHAPES)

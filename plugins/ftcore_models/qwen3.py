@@ -1,0 +1,48 @@
+"""Qwen3, dense: Llama's layers with a norm on every query and key head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftcore import ModelConfig, ModelFamily, Role, hookimpl
+from ftcore_models._llama_like import LORA_TARGETS, TINY
+
+SHAPES = {
+    "qwen3-0.6b": {
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    }
+}
+
+
+@dataclass
+class Config(ModelConfig):
+    """Qwen3's settings."""
+
+    id: str = "Qwen/Qwen3-0.6B"
+    """Checkpoint id on the Hugging Face hub."""
+
+
+@hookimpl
+def ftcore_model_family() -> ModelFamily:
+    """Decoder with pre-norm, QK-norm, grouped-query attention, RoPE and SwiGLU."""
+    return ModelFamily(
+        model_types=("qwen3",),
+        roles=(
+            Role("rms_norm", "Qwen3RMSNorm"),
+            Role("mlp", "Qwen3MLP"),
+            Role("attention", "Qwen3Attention", frozenset({"qk_norm"})),
+        ),
+        lora_targets=LORA_TARGETS,
+        tiny=TINY,
+        shapes=SHAPES,
+    )

@@ -1,0 +1,1 @@
+"""Quantizers: how frozen weights are compressed."""

@@ -1,0 +1,1 @@
+"""Rewards: how completions are judged."""

@@ -1,0 +1,34 @@
+"""Rewards completions for being near a length: 0 at the target, -1 a target's length away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ftcore import Plan, RewardConfig, hookimpl
+from ftcore.specs import Reward
+
+
+@dataclass
+class Config(RewardConfig):
+    """The length reward's settings."""
+
+    target: int = 40
+    """Wanted length of a completion, in characters."""
+
+
+@hookimpl
+def ftcore_rewards(plan: Plan) -> Sequence[Reward]:
+    """One function, named `length` in the metrics."""
+    config = plan.config(Config)
+
+    def length(completions: Sequence[Any], **_: Any) -> list[float]:
+        return [-config.weight * abs(len(text_of(c)) - config.target) / config.target for c in completions]
+
+    return [length]
+
+
+def text_of(completion: Any) -> str:
+    """The words of a completion, which is a string or a list of messages."""
+    return completion if isinstance(completion, str) else "".join(str(m.get("content") or "") for m in completion)

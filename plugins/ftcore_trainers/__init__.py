@@ -1,0 +1,1 @@
+"""Trainers: training methods, each a plugin."""

@@ -1,0 +1,100 @@
+"""ftcore's trainer keys as the arguments that transformers' and TRL's trainers take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ftcore import Plan
+from ftcore.memory import micro_batch
+
+OWNED = frozenset(
+    {
+        "output_dir",
+        "learning_rate",
+        "max_steps",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "gradient_checkpointing_kwargs",
+        "activation_offloading",
+        "bf16",
+        "fp16",
+        "use_cpu",
+        "optim",
+        "weight_decay",
+        "warmup_steps",
+        "lr_scheduler_type",
+        "max_grad_norm",
+        "seed",
+        "data_seed",
+        "eval_strategy",
+        "eval_steps",
+        "save_strategy",
+        "save_steps",
+        "logging_strategy",
+        "logging_steps",
+        "report_to",
+        "disable_tqdm",
+        "use_liger_kernel",
+        "max_length",
+        "packing",
+    }
+)
+"""Arguments that follow from ftcore's own keys, so that `trainer.args` may not set them."""
+
+
+def shared(plan: Plan, has_eval: bool) -> dict[str, Any]:
+    """Arguments that every trainer of transformers' kind takes."""
+    trainer = plan.run.trainer
+    assert trainer is not None
+    rows = micro_batch(plan)
+    return {
+        "output_dir": str(plan.output_dir / "checkpoints"),
+        "learning_rate": trainer.learning_rate,
+        "max_steps": trainer.max_steps,
+        "num_train_epochs": trainer.epochs,
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
+        "gradient_accumulation_steps": trainer.global_batch // rows,
+        # `memory` alone decides what is recomputed, and the plan what dtype is computed in; TRL would switch both on.
+        "gradient_checkpointing": False,
+        "bf16": plan.dtype == "bfloat16",
+        "fp16": plan.dtype == "float16",
+        "use_cpu": plan.device.kind == "cpu",
+        "optim": trainer.optimizer.value,
+        "weight_decay": trainer.weight_decay,
+        "warmup_steps": trainer.warmup,
+        "lr_scheduler_type": trainer.schedule,
+        "max_grad_norm": trainer.max_grad_norm,
+        "seed": trainer.seed,
+        "data_seed": trainer.seed,
+        "eval_strategy": "steps" if has_eval and trainer.eval_steps else "no",
+        "eval_steps": trainer.eval_steps or None,
+        "save_strategy": "steps" if trainer.save_steps else "no",
+        "save_steps": trainer.save_steps or 500,
+        "logging_strategy": "steps",
+        "logging_steps": trainer.logging_steps,
+        "report_to": "none",
+        "disable_tqdm": True,  # ftcore shows its own progress
+        **trainer.args,
+    }
+
+
+def quiet(trainer: Any) -> Any:
+    """Take transformers' own printing off; ftcore's progress callback says it all."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    return trainer
+
+
+def early_stopping(plan: Plan) -> list[Any]:
+    """The callback for `trainer.early_stopping`, if it is set."""
+    from transformers import EarlyStoppingCallback
+
+    assert plan.run.trainer is not None
+    patience = plan.run.trainer.early_stopping
+    return [EarlyStoppingCallback(early_stopping_patience=patience)] if patience else []

@@ -1,0 +1,126 @@
+"""The kernel tests run on a GPU if there is one, else on the CPU in Triton's interpreter; the files are the same."""
+
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+import torch
+
+# The decision must precede the first import of triton, which is why it is here and not in a fixture.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+
+# (forward, gradient) ceilings of the relative error in norm.
+CEILINGS = {torch.float32: (1e-5, 1e-5), torch.float16: (4e-3, 1e-2), torch.bfloat16: (4e-3, 1e-2)}
+
+Function = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+Compare = Callable[[Function, Function, Function, Sequence[torch.Tensor]], None]
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture(
+    scope="session",
+    ids=["fp32", "fp16", "bf16"],
+    params=[
+        torch.float32,
+        torch.float16,
+        pytest.param(
+            torch.bfloat16,
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(
+                    DEVICE.type == "cpu" or not torch.cuda.is_bf16_supported(including_emulation=False),
+                    reason="Triton's interpreter truncates to bf16 instead of rounding; before sm_80 there is no bf16",
+                ),
+            ],
+        ),
+    ],
+)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill what ``torch.empty`` returns with NaN, so that an element that no kernel writes is noticed."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def run(function: Function, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Outputs, and gradients of the inputs that require them for fixed random upstream gradients of odd strides."""
+    generator = torch.Generator().manual_seed(1)
+    outputs = function(*inputs)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+    upstream = []
+    for out in outputs:
+        wide = torch.randn((*out.shape[:-1], out.shape[-1] + 3), generator=generator).half()
+        upstream.append(wide.to(out.device, out.dtype)[..., 1:-2])
+    before = [grad.clone() for grad in upstream]
+    grads = torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], upstream)
+    assert all(map(torch.equal, before, upstream)), "an incoming gradient was modified"
+    return [out.detach() for out in outputs], list(grads)
+
+
+def error(actual: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((actual.cpu().double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+@pytest.fixture(scope="session")
+def compare() -> Compare:
+    """Check an operation against its formula in fp64, no worse than eager PyTorch, and everything else it promises."""
+
+    def check(op: Function, eager: Function, formula: Function, inputs: Sequence[torch.Tensor]) -> None:
+        before = [x.detach().clone() for x in inputs]
+        ours, again = run(op, inputs), run(op, inputs)
+        assert all(map(torch.equal, before, inputs)), "an input was modified"
+        theirs = run(eager, inputs)
+        # .cpu().double() keeps the rounded values: the truth starts from the same inputs.
+        truth = run(formula, [x.detach().cpu().double().requires_grad_(x.requires_grad) for x in inputs])
+        ceilings = CEILINGS[max((x.dtype for x in inputs), key=lambda dtype: torch.finfo(dtype).eps)]
+        for kind, ceiling in enumerate(ceilings):
+            for actual, repeated, other, exact in zip(ours[kind], again[kind], theirs[kind], truth[kind], strict=True):
+                assert (actual.dtype, actual.shape) == (other.dtype, other.shape)
+                assert torch.equal(actual, repeated), "two runs differ"
+                assert actual.isfinite().all()
+                mine = error(actual, exact)
+                assert mine <= 1.1 * error(other, exact) + 1e-6
+                assert mine <= ceiling
+                if exact.numel():  # and no single element is far off
+                    assert (actual.cpu().double() - exact).abs().max() <= 4 * ceiling * exact.abs().max() + 1e-6
+
+    return check
+
+
+@pytest.fixture
+def huge(device: torch.device) -> Callable[[Sequence[int], Sequence[int]], torch.Tensor]:
+    """Make an fp16 tensor whose strides are far larger than its data, to overflow any offset that is not int64."""
+
+    def make(shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
+        elements = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if device.type == "cuda":
+            if torch.cuda.mem_get_info()[0] < 3 * elements:
+                pytest.skip(f"needs {2 * elements / 2**30:.0f} GiB of GPU memory")
+            buffer = torch.zeros(elements, dtype=torch.float16, device=device)
+        else:
+            # Pages of this mapping exist once they are touched. The interpreter reads CPU storages in place.
+            map_noreserve = 0x4000
+            pages = mmap.mmap(-1, 2 * elements, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | map_noreserve)
+            buffer = torch.frombuffer(pages, dtype=torch.float16)
+        return buffer.as_strided(shape, strides).copy_(torch.randn(*shape))
+
+    return make
