@@ -2,13 +2,18 @@
 
 import mmap
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
-# The decision must precede the first import of triton, which is why it is here and not in a fixture.
-if not torch.cuda.is_available():
+# Triton's own functions are made for the interpreter, or not, as triton is imported: too late for a fixture.
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    if "triton" in sys.modules:
+        raise pytest.UsageError(
+            "triton was imported before tests/kernels could choose its interpreter: set TRITON_INTERPRET=1"
+        )
     os.environ["TRITON_INTERPRET"] = "1"
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
@@ -48,7 +53,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(scope="module", autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fill what ``torch.empty`` returns with NaN, so that an element that no kernel writes is noticed."""
+    """Fill what `torch.empty` returns with NaN, so that an element that no kernel writes is noticed."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()

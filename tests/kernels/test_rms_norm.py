@@ -59,6 +59,16 @@ def test_weight_of_another_dtype(compare, device, dtype, cast, offset):
     assert rms_norm(x, weight, EPS, offset, cast).dtype == (dtype if cast == "gemma" else torch.float32)
 
 
+@pytest.mark.parametrize("cast", CASTS)
+def test_rounds_where_transformers_rounds(device, cast):
+    """Both roundings of llama show in fp16: of the normalised row, and of the sum of offset and weight."""
+    x, weight = make((50, 128), torch.float16, device)
+    ours, theirs = rms_norm(x, weight, EPS, 1.0, cast), reference(x, weight, EPS, 1.0, cast)
+    assert (ours == theirs).float().mean() > 0.995
+    other = reference(x, weight, EPS, 1.0, CASTS[1 - CASTS.index(cast)])
+    assert (other == theirs).float().mean() < 0.9
+
+
 def test_frozen_weight(compare, device, dtype):
     check(compare, *make((9, 40), dtype, device, weight_grad=False))
 

@@ -17,7 +17,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Rows(NamedTuple):
-    """A ``[..., N]`` tensor as contiguous rows: ``tensor`` is the data, ``row_start`` finds row r from the rest."""
+    """A `[..., N]` tensor as contiguous rows: `tensor` is the data, `row_start` finds row r from the rest."""
 
     tensor: torch.Tensor
     inner: int
@@ -46,12 +46,12 @@ def check(**tensors: torch.Tensor) -> None:
 
 
 def last_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """Return ``x`` itself if its last dimension is contiguous, else a contiguous copy."""
+    """Return `x` itself if its last dimension is contiguous, else a contiguous copy."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()
 
 
 def as_rows(x: torch.Tensor) -> Rows:
-    """View ``x`` ``[..., N]`` as rows. Copies only if the leading dimensions need more than two strides."""
+    """View `x` `[..., N]` as rows. Copies only if the leading dimensions need more than two strides."""
     x = last_contiguous(x)
     dims = _merged_leading_dims(x)
     if len(dims) > 2:
@@ -77,18 +77,18 @@ def _merged_leading_dims(x: torch.Tensor) -> list[tuple[int, int]]:
 
 @triton.jit
 def row_start(row, inner, outer_stride, inner_stride):
-    """Offset of ``row`` in the tensor of a ``Rows``, in int64: int32 overflows at 2^31 elements."""
+    """Offset of `row` in the tensor of a `Rows`, in int64: int32 overflows at 2^31 elements."""
     row = row.to(tl.int64)
     return row // inner * outer_stride + row % inner * inner_stride
 
 
 def warps(tile: int) -> int:
-    """Warps for a tile of ``tile`` elements: 16 elements a thread, which is two 16-byte loads in 16-bit dtypes."""
+    """Warps for a tile of `tile` elements: 16 elements a thread, which is two 16-byte loads in 16-bit dtypes."""
     return min(max(tile // 512, 1), 32)
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of ``device``; two in the interpreter, enough to exercise partial sums."""
+    """Streaming multiprocessors of `device`; two in the interpreter, enough to exercise partial sums."""
     if device.type != "cuda":
         return 2
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

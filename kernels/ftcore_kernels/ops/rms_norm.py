@@ -1,7 +1,7 @@
 """RMS normalisation, forward and backward, each one pass over the input.
 
 A program holds a tile of whole rows in registers: one row of hidden states, several where rows are short (QK-norm).
-The backward needs ``x``, ``weight`` and one fp32 number per row, nothing else is saved.
+The backward needs `x`, `weight` and one fp32 number per row, nothing else is saved.
 """
 
 # Triton has no types.
@@ -28,14 +28,14 @@ _PROGRAMS_PER_PROCESSOR = 2
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0, cast: Literal["llama", "gemma"] = "llama"
 ) -> torch.Tensor:
-    """Scale each row of ``x`` to unit root mean square, then by ``offset + weight``.
+    """Scale each row of `x` to unit root mean square, then by `offset + weight`.
 
-    :param x: ``[..., H]``, fp16, bf16 or fp32, H at most ``MAX_WIDTH``, any strides.
-    :param weight: ``[H]``, fp16, bf16 or fp32; need not be the dtype of ``x``.
+    :param x: `[..., H]`, fp16, bf16 or fp32, H at most `MAX_WIDTH`, any strides.
+    :param weight: `[H]`, fp16, bf16 or fp32; need not be the dtype of `x`.
     :param eps: Added to the mean square.
     :param offset: Added to the weight; 1 for Gemma.
-    :param cast: Where to round. ``"llama"``: to ``x.dtype`` before the weight. ``"gemma"``: once, at the end.
-    :returns: ``[..., H]`` in ``x.dtype`` for gemma, in the promotion of ``x.dtype`` and ``weight.dtype`` for llama.
+    :param cast: Where to round. `"llama"`: to `x.dtype` before the weight. `"gemma"`: once, at the end.
+    :returns: `[..., H]` in `x.dtype` for gemma, in the promotion of `x.dtype` and `weight.dtype` for llama.
     """
     _launch.check(x=x, weight=weight)
     if cast not in ("llama", "gemma"):

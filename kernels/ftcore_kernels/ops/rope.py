@@ -1,6 +1,6 @@
 """Rotary position embedding of queries and keys in one launch, forward and backward.
 
-A program owns one token: it loads the token's angles once and turns every head of ``q`` and ``k`` by them, in fp32 and
+A program owns one token: it loads the token's angles once and turns every head of `q` and `k` by them, in fp32 and
 with one rounding. The backward is the same kernel with the matrix of every pair transposed.
 """
 
@@ -22,14 +22,14 @@ _TILE = 2048  # pairs turned at a time
 def rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate the first ``Dr`` channels of every head of ``q`` and ``k``; the other channels pass through.
+    """Rotate the first `Dr` channels of every head of `q` and `k`; the other channels pass through.
 
-    :param q: ``[B, Hq, S, D]``, fp16, bf16 or fp32, any strides.
-    :param k: ``[B, Hk, S, D]``, likewise.
-    :param cos: ``[B or 1, S, Dr]``, both members of a pair given (they may differ), fp16, bf16 or fp32. No gradient.
-    :param sin: As ``cos``.
-    :param interleaved: Pair channels ``(2i, 2i + 1)`` instead of ``(i, i + Dr / 2)``.
-    :returns: The rotated ``q`` and ``k``, in their own dtypes: ``[B, H, S, D]`` views of contiguous ``[B, S, H, D]``.
+    :param q: `[B, Hq, S, D]`, fp16, bf16 or fp32, any strides.
+    :param k: `[B, Hk, S, D]`, likewise.
+    :param cos: `[B or 1, S, Dr]`, both members of a pair given (they may differ), fp16, bf16 or fp32. No gradient.
+    :param sin: As `cos`.
+    :param interleaved: Pair channels `(2i, 2i + 1)` instead of `(i, i + Dr / 2)`.
+    :returns: The rotated `q` and `k`, in their own dtypes: `[B, H, S, D]` views of contiguous `[B, S, H, D]`.
     """
     _launch.check(q=q, k=k, cos=cos, sin=sin)
     batch, _, length, head_dim = q.shape
@@ -143,7 +143,7 @@ class _Rope(torch.autograd.Function):
 def _turn(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, transposed: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the kernel; ``transposed`` applies the transpose of the rotation, its inverse if it is a true one."""
+    """Launch the kernel; `transposed` applies the transpose of the rotation, its inverse if it is a true one."""
     q, k, cos, sin = (_launch.last_contiguous(tensor) for tensor in (q, k, cos, sin))
     batch, q_heads, length, head_dim = q.shape
     k_heads, pairs = k.shape[1], cos.shape[2] // 2

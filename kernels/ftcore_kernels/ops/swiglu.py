@@ -1,4 +1,4 @@
-"""``silu(gate) * up``, the activation of Llama-like MLPs: one kernel forward, one backward, fp32 in between."""
+"""`silu(gate) * up`, the activation of Llama-like MLPs: one kernel forward, one backward, fp32 in between."""
 
 # Triton has no types.
 # mypy: disable-error-code="import-untyped,no-untyped-call,no-untyped-def,untyped-decorator"
@@ -17,12 +17,12 @@ _BLOCK = 2048
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, round_silu: bool = True) -> torch.Tensor:
-    """Return ``silu(gate) * up``.
+    """Return `silu(gate) * up`.
 
-    :param gate: ``[..., I]``, fp16, bf16 or fp32, any strides: a half of a fused ``[M, 2 I]`` buffer is not copied.
-    :param up: The shape and dtype of ``gate``.
+    :param gate: `[..., I]`, fp16, bf16 or fp32, any strides: a half of a fused `[M, 2 I]` buffer is not copied.
+    :param up: The shape and dtype of `gate`.
     :param round_silu: Round what eager PyTorch stores in between, as transformers does; else round each result once.
-    :returns: Contiguous, in the shape and dtype of ``gate``.
+    :returns: Contiguous, in the shape and dtype of `gate`.
     """
     _launch.check(gate=gate, up=up)
     if gate.shape != up.shape or gate.dtype != up.dtype:

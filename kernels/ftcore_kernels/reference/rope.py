@@ -1,4 +1,4 @@
-"""Rotary position embedding in plain PyTorch, with the roundings of transformers' ``apply_rotary_pos_emb``."""
+"""Rotary position embedding in plain PyTorch, with the roundings of transformers' `apply_rotary_pos_emb`."""
 
 import torch
 
@@ -8,14 +8,14 @@ from ftcore_kernels.reference._precision import widen
 def rope(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate the first ``Dr`` channels of every head of ``q`` and ``k``; the other channels pass through.
+    """Rotate the first `Dr` channels of every head of `q` and `k`; the other channels pass through.
 
-    :param q: ``[B, Hq, S, D]``.
-    :param k: ``[B, Hk, S, D]``.
-    :param cos: ``[B or 1, S, Dr]``, both members of a pair given, fp32 or the dtype of ``q``.
-    :param sin: As ``cos``.
-    :param interleaved: Pair channels ``(2i, 2i + 1)`` and round once (Cohere) instead of ``(i, i + Dr / 2)`` (Llama).
-    :returns: The rotated ``q`` and ``k``, in their own dtypes also where the tables are fp32.
+    :param q: `[B, Hq, S, D]`.
+    :param k: `[B, Hk, S, D]`.
+    :param cos: `[B or 1, S, Dr]`, both members of a pair given, fp32 or the dtype of `q`.
+    :param sin: As `cos`.
+    :param interleaved: Pair channels `(2i, 2i + 1)` and round once (Cohere) instead of `(i, i + Dr / 2)` (Llama).
+    :returns: The rotated `q` and `k`, in their own dtypes also where the tables are fp32.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
@@ -31,7 +31,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: 
 
 
 def _quarter_turn(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """Send each pair ``(a, b)`` to ``(-b, a)``."""
+    """Send each pair `(a, b)` to `(-b, a)`."""
     if interleaved:
         return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
     first, second = x.chunk(2, dim=-1)

@@ -1,0 +1,35 @@
+"""Shared by all tests: offline, a cache of their own, and small helpers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+Shell = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def ftcore_cli(in_tmp: Path) -> Shell:
+    """Run the real command line in a process of its own, in a fresh directory."""
+
+    def call(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "ftcore", *words]
+        return subprocess.run(command, capture_output=True, text=True, cwd=in_tmp, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+    return call

@@ -1,0 +1,52 @@
+"""Folders are whole or not there; run folders never collide; the cache follows the platform."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from ftcore.paths import cache_dir, new_run_dir, whole_folder
+
+
+def test_a_folder_appears_when_the_block_ends_well(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "a" / "out") as folder:
+        (folder / "x").write_text("1")
+        assert not (tmp_path / "a" / "out").exists()
+    assert (tmp_path / "a" / "out" / "x").read_text() == "1"
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["out"]
+
+
+def test_a_failure_leaves_the_old_folder_and_no_rest(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "x").write_text("old")
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "out") as folder:
+        (folder / "x").write_text("new")
+        raise RuntimeError
+    assert (tmp_path / "out" / "x").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_existing_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        with whole_folder(tmp_path / "out") as folder:
+            (folder / name).write_text(name)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["y"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_run_folders_count_up(tmp_path: Path) -> None:
+    assert new_run_dir("m-sft", tmp_path).name == "m-sft-001"
+    (tmp_path / "m-sft-009").mkdir()
+    (tmp_path / "m-sft-x").mkdir()
+    assert new_run_dir("m-sft", tmp_path).name == "m-sft-010"
+
+
+def test_cache_follows_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_dir() == Path("/x/ftcore")
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", "/local")
+    assert cache_dir() == Path("/local/ftcore")

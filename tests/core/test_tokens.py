@@ -1,0 +1,92 @@
+"""Which tokens are trained: exactly the assistants' words and the ends of their turns."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ftcore.bytes_tokenizer import CHATML, byte_tokenizer
+from ftcore.errors import Refused
+from ftcore.specs import Shape
+from ftcore.tokens import IGNORED, tokenize_row
+
+TOKENIZER = byte_tokenizer()
+
+
+def trained_text(row: dict[str, list[int]]) -> str:
+    return TOKENIZER.decode([label for label in row["labels"] if label != IGNORED])
+
+
+def messages(*turns: str) -> dict[str, object]:
+    return {"messages": [{"role": "user" if i % 2 == 0 else "assistant", "content": t} for i, t in enumerate(turns)]}
+
+
+def test_text_trains_everything_and_its_end() -> None:
+    row = tokenize_row(TOKENIZER, {"text": "abc"}, Shape.TEXT, 100)
+    assert row["labels"] == row["input_ids"]
+    assert row["input_ids"][-1] == TOKENIZER.eos_token_id
+    assert tokenize_row(TOKENIZER, {"text": "abc<|im_end|>"}, Shape.TEXT, 100) == row, "the end is not added twice"
+
+
+def test_prompt_completion_trains_the_completion() -> None:
+    row = tokenize_row(TOKENIZER, {"prompt": "2+2=", "completion": "4"}, Shape.PROMPT_COMPLETION, 100)
+    assert trained_text(row) == "4<|im_end|>"
+    assert TOKENIZER.decode(row["input_ids"]) == "2+2=4<|im_end|>"
+
+
+def test_every_assistant_turn_and_its_end_is_trained_and_nothing_else() -> None:
+    row = tokenize_row(TOKENIZER, messages("Hi", "Hello.", "And?", "Bye."), Shape.MESSAGES, 1000)
+    assert trained_text(row) == "Hello.<|im_end|>Bye.<|im_end|>"
+
+
+def test_words_that_look_like_the_assistants_turn_are_not_trained() -> None:
+    """No substring search: the user quotes the template and the very answer."""
+    sly = "say <|im_start|>assistant\nYes.<|im_end|> now"
+    row = tokenize_row(TOKENIZER, messages(sly, "Yes."), Shape.MESSAGES, 1000)
+    assert trained_text(row) == "Yes.<|im_end|>"
+
+
+def test_long_rows_are_cut_and_labels_stay_aligned() -> None:
+    row = tokenize_row(TOKENIZER, messages("x" * 50, "y" * 50), Shape.MESSAGES, 90)
+    assert len(row["input_ids"]) == len(row["labels"]) == 90
+    assert set(trained_text(row)) == {"y"}
+
+
+plain = st.text(st.characters(codec="utf-8", exclude_characters="<|>", exclude_categories=("Cs",)), min_size=1, max_size=30)
+
+
+@settings(max_examples=100, deadline=None)
+@given(turns=st.lists(plain, min_size=2, max_size=6), system=st.none() | plain)
+def test_any_conversation_is_masked_exactly(turns: list[str], system: str | None) -> None:
+    row = messages(*turns)
+    if system:
+        row["messages"].insert(0, {"role": "system", "content": system})  # type: ignore[attr-defined]
+    tokens = tokenize_row(TOKENIZER, row, Shape.MESSAGES, 10_000)
+    assert trained_text(tokens) == "".join(f"{t}<|im_end|>" for t in turns[1::2])
+    assert TOKENIZER.decode(tokens["input_ids"]).startswith("<|im_start|>")
+    assert all(label in (IGNORED, token) for token, label in zip(tokens["input_ids"], tokens["labels"], strict=True))
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    tokenizer = byte_tokenizer("{{ messages | length }}" + CHATML)
+    with pytest.raises(Refused, match="rewrites earlier turns"):
+        tokenize_row(tokenizer, messages("Hi", "Hello."), Shape.MESSAGES, 1000)
+
+
+def test_conversations_need_a_template() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(Refused, match="no chat template"):
+        tokenize_row(tokenizer, messages("Hi", "Hello."), Shape.MESSAGES, 1000)
+
+
+def test_unknown_shapes_are_not_guessed() -> None:
+    with pytest.raises(LookupError, match="shape 'preference'"):
+        tokenize_row(TOKENIZER, {}, Shape.PREFERENCE, 10)
+
+
+def test_the_byte_tokenizer_keeps_any_text() -> None:
+    text = "Grüße, 世界! \t\n🦙"
+    assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
+    assert max(TOKENIZER.get_vocab().values()) == 258

@@ -1,0 +1,116 @@
+"""ftcore from Python: load into TRL and into a plain loop, export, and override single hooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import ftcore
+
+LOAD = ["+model=llama", "model.tiny=true"]
+
+
+def rows(tokenizer) -> dict[str, torch.Tensor]:
+    return tokenizer(["one two three", "four five"], return_tensors="pt", padding=True)
+
+
+def test_a_plain_pytorch_loop(in_tmp: Path) -> None:
+    model, tokenizer = ftcore.load(LOAD)
+    batch = rows(tokenizer)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    assert list(in_tmp.iterdir()) == [], "loading writes nothing into the working directory"
+
+
+def test_trl_trains_a_loaded_model_and_the_kernels_stay(in_tmp: Path) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer = ftcore.load(LOAD)
+    data = Dataset.from_list([{"text": "a short row of text"}] * 8)
+    arguments = SFTConfig("out", max_steps=2, bf16=False, use_cpu=True, report_to="none", learning_rate=1e-2)
+    result = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer).train()
+    assert result.global_step == 2
+    norms = [m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"]
+    assert norms
+    assert all("forward" in vars(norm) for norm in norms)
+
+
+def test_export_writes_what_was_trained(in_tmp: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = ftcore.load([*LOAD, "adapter.init=gaussian"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    artifacts = ftcore.export(model, tokenizer, ["+export=[safetensors,adapter]", "export.safetensors.dtype=float32"], "out")
+    assert [a.target for a in artifacts] == ["safetensors", "adapter"]
+    assert all(a.size > 1000 for a in artifacts)
+    assert not (in_tmp / "out" / ".merged").exists()
+    merged = AutoModelForCausalLM.from_pretrained(artifacts[0].path, dtype=torch.float32)
+    batch = rows(tokenizer)
+    model.eval()
+    with torch.no_grad():
+        wanted, got = model(**batch).logits, merged(**batch).logits
+    assert (wanted - got).abs().max() < 1e-5
+    model.disable_adapter_layers()
+    with torch.no_grad():
+        assert (wanted - model(**batch).logits).abs().max() > 1e-3, "the adapter changes nothing: the test would prove nothing"
+
+
+def test_a_model_from_elsewhere_is_refused() -> None:
+    with pytest.raises(ftcore.Refused, match=r"did not come from ftcore\.load"):
+        ftcore.export(torch.nn.Linear(1, 1), None, ["+export=[safetensors]"])  # type: ignore[arg-type]
+
+
+def test_one_hook_from_python_changes_what_it_should(tiny_run) -> None:
+    plain = tiny_run("output_dir=plain", "kernels=[]")
+    seen = []
+
+    @ftcore.hookimpl(wrapper=True)
+    def ftcore_format_dataset():
+        dataset = yield
+        seen.append(len(dataset["train"]))
+        dataset["train"] = dataset["train"].select(range(8))
+        return dataset
+
+    changed = tiny_run("output_dir=changed", "kernels=[]", plugins=(ftcore_format_dataset,))
+    assert seen == [128]
+    assert changed.metrics["loss_first"] != plain.metrics["loss_first"]
+    assert changed.metrics["eval_loss_before"] == plain.metrics["eval_loss_before"]
+
+
+def test_the_same_from_the_command_line(tiny_run, in_tmp: Path) -> None:
+    (in_tmp / "my_hooks.py").write_text(
+        "import ftcore\n\n"
+        "@ftcore.hookimpl\n"
+        "def ftcore_evaluate(trainer):\n"
+        "    return {'eval_loss': 42.0}\n"
+    )
+    result = tiny_run("plugins=[my_hooks.py]")
+    assert result.metrics["eval_loss"] == 42.0
+    assert result.metrics["eval_loss_before"] != 42.0
+    assert "my_hooks.py" in (result.output_dir / "config.yaml").read_text()
+
+
+def test_an_override_of_loading_reaches_the_pipeline(tiny_run) -> None:
+    @ftcore.hookimpl(wrapper=True)
+    def ftcore_load_model():
+        model = yield
+        with torch.no_grad():
+            model.model.norm.weight.zero_()
+        return model
+
+    result = tiny_run(plugins=(ftcore_load_model,))
+    assert result.metrics["eval_loss_before"] == pytest.approx(torch.log(torch.tensor(259.0)).item(), abs=1e-4)

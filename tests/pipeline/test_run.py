@@ -1,0 +1,177 @@
+"""Whole runs on tiny models: what is written, what is trained, and what is left alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import ftcore
+from ftcore.compose import compose, to_yaml, typed
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_run_folder_tells_the_whole_story(tiny_run) -> None:
+    result = tiny_run("+export=[safetensors,adapter]", "prompts=[Hello]")
+    folder = result.output_dir
+    assert folder.name == "qwen3-sft-001"
+    state = json.loads((folder / "run.json").read_text())
+    assert state["status"] == "done"
+    assert state["steps"] == 2
+    assert state["versions"]["transformers"]
+    assert {c["role"] for c in state["patches"]["claims"]} == {"rms_norm", "mlp", "attention"}
+    assert {"loss_first", "loss_last", "eval_loss", "eval_loss_before"} <= state["metrics"].keys()
+    assert [a["target"] for a in state["artifacts"]] == ["safetensors", "adapter"]
+    assert [a["prompt"] for a in state["answers"]] == ["Hello"]
+    assert (folder / "trained" / "adapter_model.safetensors").is_file()
+    assert not (folder / ".merged").exists()
+    losses = [m["loss"] for m in metrics_of(folder) if "loss" in m]
+    assert len(losses) == 2
+    assert all(math.isfinite(x) for x in losses)
+
+
+def test_the_recorded_config_is_the_config(tiny_run) -> None:
+    result = tiny_run("trainer.learning_rate=3e-4")
+    recorded = yaml.safe_load((result.output_dir / "config.yaml").read_text())
+    assert recorded["trainer"]["learning_rate"] == 3e-4
+    again = typed(compose([f"run={result.output_dir}", "trainer.learning_rate=5e-4", "+export=[adapter]"]))
+    assert again.trainer.learning_rate == 5e-4
+    assert list(again.export) == ["adapter"]
+    assert type(again.trainer).__module__ == "ftcore_trainers.sft"
+    first = typed(compose([f"run={result.output_dir}"]))
+    assert yaml.safe_load(to_yaml(first)) == {**recorded, "run": str(result.output_dir)}
+
+
+def test_same_seed_same_run(tiny_run) -> None:
+    one, two = tiny_run("output_dir=one"), tiny_run("output_dir=two")
+    assert one.metrics["loss_last"] == two.metrics["loss_last"]
+    other = tiny_run("output_dir=three", "trainer.seed=7")
+    assert other.metrics["loss_last"] != one.metrics["loss_last"]
+
+
+def test_accumulation_gives_the_same_steps(tiny_run) -> None:
+    whole = tiny_run("output_dir=one", "trainer.micro_batch=4")
+    parts = tiny_run("output_dir=two", "trainer.micro_batch=1")
+    assert parts.metrics["loss_last"] == pytest.approx(whole.metrics["loss_last"], abs=1e-5)
+    assert parts.metrics["eval_loss"] == pytest.approx(whole.metrics["eval_loss"], abs=1e-5)
+
+
+def test_memory_decides_about_recomputation_and_changes_no_number(tiny_run) -> None:
+    seen = {}
+
+    def spy(name: str):
+        @ftcore.hookimpl(wrapper=True)
+        def ftcore_train(trainer):
+            seen[name] = (trainer.args.gradient_checkpointing, trainer.args.bf16, trainer.model.is_gradient_checkpointing)
+            return (yield)
+
+        return ftcore_train
+
+    off = tiny_run("output_dir=off", "memory=off", plugins=(spy("off"),))
+    least = tiny_run("output_dir=least", "memory=least", plugins=(spy("least"),))
+    assert seen == {"off": (False, False, False), "least": (False, False, True)}
+    assert least.metrics["eval_loss"] == pytest.approx(off.metrics["eval_loss"], abs=1e-6)
+
+
+def test_full_fine_tuning_saves_a_whole_model(tiny_run) -> None:
+    from transformers import AutoModelForCausalLM
+
+    result = tiny_run("adapter=full", "trainer.learning_rate=1e-3")
+    assert result.metrics["eval_loss"] < result.metrics["eval_loss_before"]
+    model = AutoModelForCausalLM.from_pretrained(result.output_dir / "trained")
+    assert sum(p.numel() for p in model.parameters()) > 50_000
+
+
+def test_grpo_runs_as_is_and_its_reward_is_recorded(in_tmp: Path) -> None:
+    result = ftcore.run(["+model=qwen3", "model.tiny=true", "+trainer=grpo", "trainer.max_steps=2", "trainer.max_completion_length=8"])
+    recorded = yaml.safe_load((result.output_dir / "config.yaml").read_text())
+    assert recorded["data"]["name"] == "prompts"
+    assert list(recorded["reward"]) == ["length"]
+    steps = [m for m in metrics_of(result.output_dir) if "reward" in m]
+    assert len(steps) == 2
+    assert all(-10 < m["reward"] <= 0 for m in steps)
+    assert "rewards/length/mean" in steps[0]
+
+
+def test_a_reward_of_ones_own_replaces_the_samples(in_tmp: Path) -> None:
+    (in_tmp / "mine.py").write_text("def half(completions, **_):\n    return [0.5] * len(completions)\n")
+    words = ["+model=qwen3", "model.tiny=true", "+trainer=grpo", "trainer.max_steps=1", "trainer.max_completion_length=4"]
+    by_key = ftcore.run([*words, "rewards=[mine.py:half]"])
+    assert metrics_of(by_key.output_dir)[0]["reward"] == 0.5
+
+    @ftcore.hookimpl
+    def ftcore_rewards():
+        def quarter(completions, **_):
+            return [0.25] * len(completions)
+
+        return [quarter]
+
+    by_hook = ftcore.run(words, plugins=[ftcore_rewards])
+    assert metrics_of(by_hook.output_dir)[0]["reward"] == 0.25
+    assert yaml.safe_load((by_hook.output_dir / "config.yaml").read_text())["reward"] == {}
+
+
+def test_continue_from_a_saved_adapter(tiny_run) -> None:
+    first = tiny_run("trainer.learning_rate=1e-2")
+    second = tiny_run(f"adapter.path={first.output_dir / 'trained'}")
+    assert second.metrics["eval_loss_before"] == pytest.approx(first.metrics["eval_loss"], abs=1e-5)
+
+
+def test_resume_from_the_last_checkpoint(tiny_run) -> None:
+    unbroken = tiny_run("output_dir=unbroken", "trainer.max_steps=4")
+    tiny_run("output_dir=broken", "trainer.max_steps=4", "trainer.save_steps=2")
+    last = Path("broken/checkpoints/checkpoint-4")
+    assert last.is_dir()
+    import shutil
+
+    shutil.rmtree(last)
+    resumed = tiny_run("output_dir=broken", "trainer.max_steps=4", "trainer.save_steps=2", "resume=last")
+    assert resumed.metrics["eval_loss"] == pytest.approx(unbroken.metrics["eval_loss"], abs=1e-6)
+
+
+def test_a_failing_run_says_so_in_its_folder(tiny_run) -> None:
+    @ftcore.hookimpl
+    def ftcore_train():
+        raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        tiny_run("output_dir=bad", plugins=(ftcore_train,))
+    state = json.loads(Path("bad/run.json").read_text())
+    assert state["status"] == "failed"
+    assert state["error"] == "ValueError: boom"
+
+
+def test_trackers_never_stop_training(tiny_run, monkeypatch) -> None:
+    import trackio
+
+    def fail(*_, **__):
+        raise ConnectionError("down")
+
+    monkeypatch.setattr(trackio, "init", fail)
+    assert tiny_run("+extra=[trackio]").metrics["eval_loss"]
+
+
+def test_trackio_and_the_second_copy_get_the_metrics(tiny_run, in_tmp: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(in_tmp / "trackio"))
+    import trackio
+
+    logged: list[dict[str, float]] = []
+    monkeypatch.setattr(trackio, "init", lambda **_: None)
+    monkeypatch.setattr(trackio, "log", lambda values, step: logged.append(values))
+    monkeypatch.setattr(trackio, "finish", lambda: None)
+    tiny_run("+extra=[trackio,jsonl]", "extra.jsonl.path=all.jsonl")
+    assert [v["loss"] for v in logged if "loss" in v]
+    assert len(Path("all.jsonl").read_text().splitlines()) >= 2
+
+
+def test_packed_rows_train_like_separate_rows(tiny_run) -> None:
+    result = tiny_run("data=text", "trainer.packing=true", "trainer.max_length=512")
+    assert math.isfinite(result.metrics["loss_last"])
+    assert torch.isfinite(torch.tensor(result.metrics["train_loss"]))
