@@ -82,7 +82,10 @@ def _hooks() -> Iterator[str]:
     sections = _sections()
     for name in spec_names():
         if name in sections:
-            yield f"## {sections[name]}\n"
+            title, _, rest = sections[name].partition(": ")
+            yield f"## {title}\n"
+            if rest:
+                yield f"{rest[0].upper()}{rest[1:]}.\n"
         spec = getattr(hooks, name)
         first = bool((spec.ftcore_spec or {}).get("firstresult"))
         yield f"### {name}\n"
@@ -181,7 +184,7 @@ def _kind(kind: str, base: type[Any]) -> Iterator[str]:
     shared = [f for f in fields(base) if f.name != "name"]
     prefix = f"{kind}.NAME." if many else f"{kind}."
     if shared:
-        yield f"Keys of every {kind}:\n"
+        yield "Keys of every option of this kind:\n"
         yield _table(prefix, base, shared)
     for option in own_options(kind):
         yield f"### {kind}/{option.name}\n"
@@ -242,6 +245,7 @@ def _doc(thing: Any) -> str:
 
 def cli_page() -> str:
     """Tasks, grammar and exit codes."""
+    used = {Exit.DONE, Exit.CONFIG, *_used_exits()}
     parts = [
         NOTICE,
         "# Command line\n",
@@ -260,7 +264,7 @@ def cli_page() -> str:
         "## Exit codes\n",
         "| code | meaning |",
         "|---|---|",
-        *(f"| {int(code)} | {EXITS[code]} |" for code in Exit),
+        *(f"| {int(code)} | {EXITS[code]}{'' if code in used else ' (not used yet)'} |" for code in Exit),
         "",
     ]
     return "\n".join(parts)
@@ -274,6 +278,17 @@ def _tasks() -> Iterator[str]:
         yield f"{doc}\n"
         if task in cli.PLAIN:
             yield "Takes ordinary arguments; `-h` shows them.\n"
+
+
+def _used_exits() -> set[Exit]:
+    """Exit codes that some code of ftcore's own ends with."""
+    sources = [
+        file.read_text(encoding="utf-8")
+        for root in ("ftcore", "plugins", "kernels")
+        for file in (REFERENCE.parent.parent / root).rglob("*.py")
+        if file.name != "errors.py"
+    ]
+    return {code for code in Exit if any(f"Exit.{code.name}" in text for text in sources)}
 
 
 def _same(path: Path, text: str) -> bool:

@@ -73,10 +73,10 @@ def _merged_module(path: str, module: Any) -> dict[str, torch.Tensor]:
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if type(module).__name__ in QUANTIZED:
-        return _with_bias({"weight": _unpacked(module)}, module)
-    if not isinstance(module, BaseTunerLayer):  # modules_to_save: the trained copy replaces the original
-        return dict(module.modules_to_save[module.active_adapters[0]].state_dict())
+    if not isinstance(module, BaseTunerLayer):
+        if type(module).__name__ in QUANTIZED:
+            return _with_bias({"weight": _unpacked(module)}, module)
+        return dict(module.modules_to_save[module.active_adapters[0]].state_dict())  # the trained copy
     layer = module.get_base_layer()
     if type(layer).__name__ in QUANTIZED:
         if any(getattr(module, "use_dora", {}).values()):
@@ -91,9 +91,15 @@ def _merged_module(path: str, module: Any) -> dict[str, torch.Tensor]:
 
 
 def _unpacked(layer: Any) -> torch.Tensor:
-    from peft.utils.integrations import dequantize_module_weight
+    """A bitsandbytes weight in float32."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_module_weight(layer).float()
+    if type(layer).__name__ == "Linear4bit":
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+    # One scale per row: int8 127 stands for the row's largest value.
+    scale = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    return layer.weight.data.to(torch.float32) * (scale.float() / 127).unsqueeze(1)
 
 
 def _with_bias(weights: dict[str, torch.Tensor], layer: Any) -> dict[str, torch.Tensor]:

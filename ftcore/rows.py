@@ -16,25 +16,39 @@ LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".pa
 Row = Mapping[str, Any]
 
 
-def local_files(path: str) -> list[Path] | None:
+def local_files(path: str, key: str = "data.path") -> list[Path] | None:
     """The data files behind `data.path`, or None when it is a hub id.
 
     Raises Refused for a file that is not there, a folder without data, or an ending that is not known.
     """
     place = Path(path).expanduser()
+    endings = f"known endings: {', '.join(LOADERS)}"
     if place.is_dir():
         files = sorted(f for f in place.rglob("*") if f.suffix in LOADERS and not f.name.startswith("."))
         if not files:
-            raise Refused(Problem("data.path", f"the folder {path} holds no data files", f"known endings: {', '.join(LOADERS)}", Exit.MISSING_INPUT))
+            raise Refused(Problem(key, f"the folder {path} holds no data files", endings, Exit.MISSING_INPUT))
         return files
     if place.is_file():
         if place.suffix not in LOADERS:
-            raise Refused(Problem("data.path", f"{path} has an unknown ending", f"known endings: {', '.join(LOADERS)}"))
+            raise Refused(Problem(key, f"{path} has an unknown ending", endings))
         return [place]
     looks_local = place.suffix in LOADERS or path.startswith((".", "~", "/")) or "\\" in path or path.count("/") > 1
     if looks_local:
-        raise Refused(Problem("data.path", f"there is no file {path}", _beside(place), Exit.MISSING_INPUT))
+        raise Refused(Problem(key, f"there is no file {path}", beside(place), Exit.MISSING_INPUT))
     return None
+
+
+def hub_rows(path: str, split: str, key: str = "data.path") -> Iterator[tuple[str, Row]]:
+    """(place, row) of a data set on the hub, read as a stream. Raises Refused when it cannot be reached."""
+    from datasets import load_dataset
+
+    try:
+        stream = load_dataset(path, split=split, streaming=True)
+    except Exception as error:  # the hub's and the network's errors are many; all mean that the rows are not to be had
+        message = f"{path} is no file here, and no data set with a split '{split}' could be reached ({type(error).__name__})"
+        raise Refused(Problem(key, message, "give a local file, or check the hub id and data.split", Exit.MISSING_INPUT)) from error
+    for number, row in enumerate(stream, 1):
+        yield f"{path} row {number}", row
 
 
 def iter_rows(file: Path) -> Iterator[tuple[str, Row]]:
@@ -44,55 +58,93 @@ def iter_rows(file: Path) -> Iterator[tuple[str, Row]]:
     elif file.suffix == ".json":
         yield from _json(file)
     elif file.suffix in (".csv", ".tsv"):
-        with file.open(encoding="utf-8", newline="") as text:
-            reader = csv.DictReader(text, delimiter="\t" if file.suffix == ".tsv" else ",")
-            for row in reader:
-                yield f"{file}:{reader.line_num}", row
+        yield from _csv(file, "\t" if file.suffix == ".tsv" else ",")
     elif file.suffix == ".txt":
-        with file.open(encoding="utf-8") as text:
-            for number, line in enumerate(text, 1):
-                yield f"{file}:{number}", {"text": line.rstrip("\n")}
+        for number, line in _lines(file):
+            if line.strip():
+                yield f"{file}:{number}", {"text": line.rstrip("\r\n")}
     else:
-        import pyarrow.parquet as parquet
-
-        number = 0
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}: row {number}", row
+        yield from _parquet(file)
 
 
-def _jsonl(file: Path) -> Iterator[tuple[str, Row]]:
+def row_problem(place: str, reason: str, note: str = "") -> Problem:
+    """What a format's check found, as a problem: a second line of the reason is the fix."""
+    message, _, fix = reason.partition("\n")
+    return Problem(place, f"{message}{note}", fix or "mend the row, or take it out", Exit.DATA)
+
+
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
     # Read bytes: a line that is not UTF-8 must be named, not end the whole file.
     with file.open("rb") as lines:
         for number, raw in enumerate(lines, 1):
-            if not raw.strip():
-                continue
-            place = f"{file}:{number}"
             try:
-                row = json.loads(raw.decode("utf-8"))
+                yield number, raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise _bad(place, f"is not UTF-8 (byte {error.start})", "save the file as UTF-8") from error
-            except json.JSONDecodeError as error:
-                raise _bad(place, f"is not JSON: {error.msg} at column {error.colno}", "one JSON object a line") from error
-            yield place, _mapping(row, place)
+                raise _bad(f"{file}:{number}", f"is not UTF-8 (byte {error.start + 1} of the line)", "save the file as UTF-8") from error
+
+
+def _jsonl(file: Path) -> Iterator[tuple[str, Row]]:
+    for number, line in _lines(file):
+        if line.strip():
+            place = f"{file}:{number}"
+            yield place, _mapping(_parsed(line, file, number, "a .jsonl file has one whole JSON object in each line"), place)
 
 
 def _json(file: Path) -> Iterator[tuple[str, Row]]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise _bad(f"{file}:{error.lineno}", f"is not JSON: {error.msg} at column {error.colno}", "a list of objects") from error
+    text = "".join(line for _, line in _lines(file))
+    rows = _parsed(text, file, 1, "a .json file is one list of objects")
     if not isinstance(rows, list):
-        raise _bad(str(file), "holds no list of rows", "a .json file is a list of objects; use .jsonl for one object a line")
+        raise _bad(str(file), "holds no list of rows", "a .json file is one list of objects; use .jsonl for one object a line")
     for number, row in enumerate(rows, 1):
         place = f"{file}: row {number}"
         yield place, _mapping(row, place)
 
 
+def _parsed(text: str, file: Path, first_line: int, form: str) -> Any:
+    place = f"{file}:{first_line}"
+    if text.startswith("\ufeff"):
+        raise _bad(place, "starts with a byte order mark", "save the file as UTF-8 without a byte order mark")
+    try:
+        return json.loads(text.rstrip())
+    except json.JSONDecodeError as error:
+        raise _bad(f"{file}:{first_line + error.lineno - 1}", f"is not JSON: {error.msg} at column {error.colno}", form) from error
+    except RecursionError as error:
+        raise _bad(place, "is nested too deeply to be read", form) from error
+
+
+def _csv(file: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
+    # Tables are read by pandas in the end, which takes a byte order mark; the csv module does not.
+    reader = csv.DictReader((line.removeprefix("\ufeff") for _, line in _lines(file)), delimiter=delimiter)
+    try:
+        for row in reader:
+            if None in row:
+                message = f"has more fields than the {len(reader.fieldnames or ())} columns of the first line"
+                raise _bad(f"{file}:{reader.line_num}", message, 'put text that holds a separator in "quotes"')
+            yield f"{file}:{reader.line_num}", row
+    except csv.Error as error:
+        raise _bad(f"{file}:{reader.line_num}", f"cannot be read: {error}", "save the rows as .jsonl") from error
+
+
+def _parquet(file: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}: row {number}", row
+    except pyarrow.ArrowException as error:
+        message = f"cannot be read as parquet: {str(error).partition('.')[0]}"
+        raise _bad(str(file), message, "write the file again, or give the rows as .jsonl") from error
+
+
 def _mapping(row: Any, place: str) -> Row:
     if not isinstance(row, dict):
-        raise _bad(place, f"is a {type(row).__name__}, not an object", 'each row looks like {"column": value}')
+        names = {"NoneType": "null", "bool": "true or false", "int": "a number", "float": "a number"}
+        name = type(row).__name__
+        raise _bad(place, f"is {names.get(name, f'a {name}')}, not an object", 'each row looks like {"column": value}')
     return row
 
 
@@ -100,7 +152,8 @@ def _bad(place: str, message: str, fix: str) -> Refused:
     return Refused(Problem(place, message, fix, Exit.DATA))
 
 
-def _beside(place: Path) -> str:
+def beside(place: Path) -> str:
+    """The fix for a file that is not there: one beside it with much the same name."""
     from ftcore.catalog import nearest
 
     names = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []

@@ -6,17 +6,18 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 
 from ftcore.catalog import nearest
 from ftcore.errors import Problem, refuse
+from ftcore.overrides import homes
 
 
 def reject_unknown_keys(config: DictConfig) -> None:
-    """Refuse keys that no dataclass of the config declares.
+    """Refuse keys that no dataclass of the config declares, and lists of texts that hold something else.
 
     Hydra lets `+trainer.lerning_rate=1` and `+modle=qwen3` through even on structured configs, so this runs on the composed
-    config. Raises Refused with every unknown key.
+    config. Raises Refused with every finding.
     """
     refuse(list(_unknown(config, "")))
 
@@ -30,17 +31,31 @@ def _unknown(node: DictConfig, path: str) -> Iterator[Problem]:
             yield _problem(str(key), full, path, node, declared)
             continue
         child: Any = node._get_node(key) if not OmegaConf.is_missing(node, key) else None
-        if isinstance(child, Container) and isinstance(child, DictConfig) and not child._is_none():
+        if not isinstance(child, Container) or child._is_none():
+            continue
+        if isinstance(child, DictConfig):
             yield from _unknown(child, full)
+        elif isinstance(child, ListConfig) and child._metadata.element_type is str:
+            yield from _not_texts(child, full)
 
 
 def _problem(key: str, full: str, path: str, node: DictConfig, declared: list[str]) -> Problem:
     owner = str(node.get("name")) if path and "name" in declared else (path or "a run")
-    near = nearest(key, declared)
+    known = [name for name in declared if name != "name"]
+    near, elsewhere = nearest(key, known), homes(key)
     if near:
         fix = f"did you mean {path + '.' if path else ''}{near}?"
+    elif elsewhere:
+        fix = f"did you mean {' or '.join(elsewhere)}?"
     elif path:
-        fix = f"its keys are {', '.join(n for n in declared if n != 'name')}"
+        fix = f"its keys are {', '.join(known)}" if known else f"leave it out: {owner} has no keys"
     else:
         fix = "`ftcore --help` lists the keys"
     return Problem(full, f"{owner} has no key '{key}'", fix)
+
+
+def _not_texts(items: ListConfig, full: str) -> Iterator[Problem]:
+    for number, item in enumerate(items, 1):
+        if not isinstance(item, str):
+            what = "a list" if isinstance(item, ListConfig) else "no text"
+            yield Problem(full, f"item {number} is {what}: {item}", f"write {full}=[text,text]; quote items with special characters")

@@ -50,7 +50,19 @@ def ftcore_load_model(plan: Plan, quantization: Any | None) -> PreTrainedModel:
     auto = getattr(transformers, plan.family.auto_class)
     loaded: PreTrainedModel = auto.from_pretrained(checkpoint.locate(model, plan.family), **options)
     loaded.config.use_cache = False
+    _stay_differentiable(loaded)
     return loaded
+
+
+def _stay_differentiable(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes' 4-bit layers from repacking their weights in the first evaluation on a CPU with AVX512-BF16.
+
+    The packed form (bitsandbytes 0.50) has no gradient, so that training after an evaluation would silently leave out every
+    gradient that passes through such a layer.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 @hookimpl(trylast=True)

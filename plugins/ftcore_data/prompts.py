@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
-from ftcore_data._rows import Row, check_messages, not_text, plain_messages, sample
+from ftcore_data._rows import NO_COLUMN, Row, check_messages, not_text, plain_messages, sample
 
 COLUMNS = ("prompt", "question")
 
@@ -33,7 +33,8 @@ def check(row: Row) -> str | None:
     """A prompt that ends with the user's words."""
     column = next((c for c in COLUMNS if c in row), None)
     if column is None:
-        return f"has no prompt: expected a column '{COLUMNS[0]}' or '{COLUMNS[1]}' (it has {', '.join(row) or 'none'})"
+        has = ", ".join(row) or "none"
+        return f"{NO_COLUMN} '{COLUMNS[0]}' or '{COLUMNS[1]}' (it has {has})\neach row needs a prompt: rename the column that holds it"
     if isinstance(row[column], list):
         return check_messages(row[column], column, answered=False)
     return not_text(row, column)

@@ -7,7 +7,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 TINY = {
     "vocab_size": 259,  # the byte-level tokenizer's
     "hidden_size": 64,
-    "intermediate_size": 160,
+    "intermediate_size": 192,  # bitsandbytes packs 4-bit weights for CPUs in whole blocks of 64 inputs
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

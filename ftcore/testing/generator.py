@@ -1,0 +1,82 @@
+"""What a generator keeps to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from ftcore.answers import end_ids
+from ftcore.specs import Generator, Loaded, Sampling
+from ftcore.testing import runs
+from ftcore.testing.plugin import PluginContract
+
+PROMPTS = ("Hi", "Name a colour.", "Count to ten, please: ")
+GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
+
+
+class GeneratorContract(PluginContract):
+    """Completions end where they should, greedy ones are certain, and the model is left as it was."""
+
+    base: ClassVar[Sequence[str]] = runs.TINY
+    """Overrides that select the model that it is tried on."""
+
+    def made(self) -> tuple[Generator, Loaded, list[list[int]]]:
+        """The generator over a tiny model, and prompts of unequal length."""
+        from ftcore import hooks as h
+        from ftcore import pipeline
+
+        hooks, plan = runs.prepared([*self.base, *self.selected()])
+        loaded = pipeline.load(hooks, plan)
+        runs.shake(loaded.model)
+        generator = hooks.first(h.ftcore_make_generator, plan=plan, model=loaded.model, tokenizer=loaded.tokenizer)
+        tokenizer: Any = loaded.tokenizer
+        return generator, loaded, [tokenizer(text)["input_ids"] for text in PROMPTS]
+
+    def test_completions_end_by_the_rules(self) -> None:
+        """One per prompt, no longer than asked for; the end token comes last, and only a cut-off one has none."""
+        import torch
+
+        generator, loaded, prompts = self.made()
+        ends = set(end_ids(loaded.model, loaded.tokenizer))
+        torch.manual_seed(0)
+        generator.begin_rollout()
+        completions = generator.generate(prompts * 12, Sampling(max_new_tokens=48))
+        generator.end_rollout()
+        assert len(completions.ids) == len(prompts) * 12
+        assert all(0 < len(ids) <= 48 for ids in completions.ids)
+        assert all(len(ids) == 48 or ids[-1] in ends for ids in completions.ids)
+        assert not any(token in ends for ids in completions.ids for token in ids[:-1])
+        assert any(ids[-1] in ends for ids in completions.ids), "none of the sampled completions ended by itself"
+        if completions.logprobs is not None:
+            assert [len(row) for row in completions.logprobs] == [len(row) for row in completions.ids]
+            assert all(value <= 0 for row in completions.logprobs for value in row)
+
+    def test_temperature_zero_is_certain(self) -> None:
+        """Greedy completions repeat, in any order and whatever else is in the batch."""
+        generator, _, prompts = self.made()
+        together = generator.generate(prompts, GREEDY).ids
+        assert generator.generate(prompts, GREEDY).ids == together
+        assert generator.generate(prompts[::-1], GREEDY).ids == together[::-1]
+        assert [generator.generate([prompt], GREEDY).ids[0] for prompt in prompts] == together
+
+    def test_model_is_left_as_it_was(self) -> None:
+        """Training mode, gradients and weights are not touched."""
+        import torch
+
+        generator, loaded, prompts = self.made()
+        weights = {name: p.detach().clone() for name, p in loaded.model.named_parameters()}
+        trainable = [p.requires_grad for p in loaded.model.parameters()]
+        for mode in (True, False):
+            loaded.model.train(mode)
+            generator.generate(prompts, GREEDY)
+            assert loaded.model.training is mode
+        assert [p.requires_grad for p in loaded.model.parameters()] == trainable
+        assert all(torch.equal(p, weights[name]) for name, p in loaded.model.named_parameters())
+
+    def test_new_weights_are_used(self) -> None:
+        """After `weights_changed`, completions come from the weights as they are now."""
+        generator, loaded, prompts = self.made()
+        before = generator.generate(prompts, GREEDY).ids
+        runs.shake(loaded.model)
+        generator.weights_changed()
+        assert generator.generate(prompts, GREEDY).ids != before

@@ -1,0 +1,86 @@
+"""Does a patched model compute what the plain one computes?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ftcore.specs import Loaded, PatchReport
+from ftcore.testing import runs
+
+if TYPE_CHECKING:
+    import torch
+
+
+def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Relative distance in norm."""
+    norm = float(theirs.double().norm())
+    distance = float((ours.double() - theirs.double()).norm())
+    return distance / norm if norm else distance
+
+
+def loss_and_gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The training loss, and the gradient of every trainable parameter by name."""
+    import torch
+
+    model.train()
+    model.zero_grad()
+    torch.manual_seed(3)
+    loss = model(**batch).loss
+    loss.backward()
+    gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach().cpu(), gradients
+
+
+def assert_same_maths(overrides: Sequence[str], kernel_set: str, tolerance: float, batch: Any = None) -> PatchReport:
+    """Loss and every gradient with the kernel set equal plain transformers'; returns what was claimed."""
+    plain = runs.loaded([*overrides, "kernels=[]"])
+    ours = runs.loaded([*overrides, f"kernels=[{kernel_set}]"])
+    if not ours.patches.claims:
+        reasons = "; ".join(f"{skip.role}: {skip.reason}" for skip in ours.patches.skipped)
+        pytest.skip(f"{kernel_set} has no kernel for this family: {reasons}")
+    runs.shake(plain.model)
+    ours.model.load_state_dict(plain.model.state_dict())
+    batch = batch or runs.batch_for(plain.model)
+    loss, gradients = loss_and_gradients(plain.model, batch)
+    our_loss, our_gradients = loss_and_gradients(ours.model, batch)
+    assert apart(our_loss, loss) <= tolerance, "the loss differs"
+    assert set(our_gradients) == set(gradients), "other parameters have gradients"
+    assert any(g.norm() > 0 for g in gradients.values()), "nothing has a gradient, so nothing was compared"
+    far = {name: error for name in gradients if not (error := apart(our_gradients[name], gradients[name])) <= tolerance}
+    assert not far, f"gradients differ: {far}"
+    return ours.patches
+
+
+def assert_same_logits(ours: Loaded, theirs: Loaded, tolerance: float) -> None:
+    """Both models say the same."""
+    batch = runs.batch_for(ours.model)
+    distance = apart(runs.logits_of(ours.model, batch), runs.logits_of(theirs.model, batch))
+    assert distance <= tolerance, f"logits differ by {distance:.2e}"
+
+
+def needs_triton(kernel_set: str) -> None:
+    """Skip where Triton can run neither on a GPU nor in its interpreter."""
+    import importlib.util
+    import os
+    import sys
+
+    if "triton" not in kernel_set:
+        return
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    import torch
+
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("set TRITON_INTERPRET=1 to try Triton's kernels without a GPU")
+    if not torch.cuda.is_available() and not _interprets():
+        pytest.fail("triton was imported before TRITON_INTERPRET=1 was set: put `pytest_plugins = ['ftcore.testing']` earlier")
+    assert "triton" in sys.modules
+
+
+def _interprets() -> bool:
+    import triton.language as tl
+
+    return type(tl.sum).__name__ != "JITFunction"

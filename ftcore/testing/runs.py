@@ -1,0 +1,88 @@
+"""Plans, models and batches that the contracts are tried with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ftcore.config import DEFAULTED, MANY
+from ftcore.specs import Loaded, Plan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ftcore.manager import Hooks
+
+TINY = ("+model=llama", "model.tiny=true", "model.dtype=float32")
+"""The model that plugins other than models are tried on."""
+SHORT = ("trainer.global_batch=4", "trainer.max_length=160", "sampling.max_new_tokens=4")
+"""Settings that keep a run short."""
+
+
+def selecting(kind: str, name: str) -> str:
+    """The override that selects an option: `+model=qwen3`, `+export=[adapter]`, `adapter=lora`."""
+    plus = "" if kind in DEFAULTED else "+"
+    return f"{plus}{kind}={f'[{name}]' if kind in MANY else name}"
+
+
+def prepared(overrides: Sequence[str]) -> tuple[Hooks, Plan]:
+    """The hooks and the checked plan of a run."""
+    from ftcore import pipeline
+    from ftcore.api import validated
+
+    return pipeline.prepare(validated(list(overrides)))
+
+
+def loaded(overrides: Sequence[str]) -> Loaded:
+    """A model as a run would train it."""
+    from ftcore import pipeline
+
+    return pipeline.load(*prepared(overrides))
+
+
+def reloaded(overrides: Sequence[str], run: str) -> Loaded:
+    """What a run folder holds, loaded again as `run=FOLDER` does."""
+    from dataclasses import replace
+
+    from ftcore.api import validated
+    from ftcore.tasks._trained import load_trained
+
+    return load_trained(replace(validated(list(overrides)), run=run))
+
+
+def batch_for(model: Any, length: int = 24) -> dict[str, torch.Tensor]:
+    """Two rows of bytes; the second is shorter and padded, and the first words of both are not trained."""
+    import torch
+
+    drawn = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 256, (2, length), generator=drawn)
+    mask = torch.ones_like(ids)
+    mask[1, -7:] = 0
+    labels = torch.where(mask == 1, ids, -100)
+    labels[:, :5] = -100
+    return {name: value.to(model.device) for name, value in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
+
+
+def shake(model: nn.Module, trainable_only: bool = False) -> None:
+    """Move every weight off its start: norms of exactly 1 and adapters of exactly 0 would hide mistakes."""
+    import torch
+
+    drawn = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and (parameter.requires_grad or not trainable_only):
+                noise = torch.randn(parameter.shape, generator=drawn) * 0.05
+                parameter.add_(noise.to(parameter.device, parameter.dtype))
+
+
+def logits_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits in evaluation mode, of the tokens that are not padding, in float32 on the CPU."""
+    import torch
+
+    from ftcore.answers import evaluating
+
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with evaluating(model), torch.no_grad():
+        logits: torch.Tensor = model(**inputs).logits
+    return logits[batch["attention_mask"] == 1].float().cpu()
