@@ -1,17 +1,16 @@
-"""Write docs/reference/{hooks,options,cli}.md from the code: `python docs/generate.py`; `--check` only says what is stale."""
+"""Write docs/reference/{hooks,options,cli}.md from the code; `python docs/generate.py --check` says what is stale."""
 
 from __future__ import annotations
 
 import ast
 import inspect
 import sys
-from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
 from enum import Enum
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from ftcore import cli, hooks, pipeline
 from ftcore.catalog import Option, field_help, installed
@@ -20,6 +19,10 @@ from ftcore.defaults import modules as core_modules
 from ftcore.defaults.plan import PlanMaker
 from ftcore.errors import Exit
 from ftcore.manager import spec_names
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
 
 REFERENCE = Path(__file__).parent / "reference"
 NOTICE = "<!-- Written by docs/generate.py. Do not edit. -->\n"
@@ -92,7 +95,8 @@ def _hooks() -> Iterator[str]:
         yield f"```{{.python .listing}}\n{_signature(name)}\n```\n"
         yield f"**{'first' if first else 'all'}.** {inspect.cleandoc(spec.__doc__ or '')}\n"
         core, plugins = answers[name]
-        yield f"Core's own answer: {', '.join(core) or 'none'}. Plugins that answer: {', '.join(plugins) or 'none shipped'}.\n"
+        shipped = ", ".join(plugins) or "none shipped"
+        yield f"Core's own answer: {', '.join(core) or 'none'}. Plugins that answer: {shipped}.\n"
 
 
 def _answers() -> dict[str, tuple[list[str], list[str]]]:
@@ -136,7 +140,7 @@ def _sections() -> dict[str, str]:
     """First hook of a section of hooks.py to the section's title: the comment in its banner."""
     lines = Path(hooks.__file__).read_text(encoding="utf-8").splitlines()
     found, title = {}, ""
-    for before, line in zip(lines, lines[1:], strict=False):
+    for before, line in pairwise(lines):
         if before.startswith("# ----") and line.startswith("# ") and not line.startswith("# ----"):
             title = line.removeprefix("# ").rstrip(".")
         if line.startswith(f"def {hooks.PREFIX}") and title:
@@ -246,6 +250,7 @@ def _doc(thing: Any) -> str:
 def cli_page() -> str:
     """Tasks, grammar and exit codes."""
     used = {Exit.DONE, Exit.CONFIG, *_used_exits()}
+    defaulted = ", ".join(f"`{kind}`" for kind in sorted(DEFAULTED))
     parts = [
         NOTICE,
         "# Command line\n",
@@ -256,11 +261,12 @@ def cli_page() -> str:
         "## Grammar\n",
         "The words are [Hydra](https://hydra.cc)'s overrides. Three things cover nearly all of it:\n",
         "* `+kind=option` selects where nothing is selected yet: `+model=qwen3`, `'+export=[adapter,safetensors]'`.",
-        f"* `kind=option` replaces a default ({', '.join(f'`{kind}`' for kind in sorted(DEFAULTED))}): `adapter=full`, `'kernels=[]'`.",
-        "* `key=value` sets a key: `trainer.max_steps=50`. ftcore refuses a key that does not exist, and names the nearest one.\n",
+        f"* `kind=option` replaces a default ({defaulted}): `adapter=full`, `'kernels=[]'`.",
+        "* `key=value` sets a key: `trainer.max_steps=50`. An unknown key is refused, and the nearest one named.\n",
         "Quote what your shell or Hydra's grammar would read otherwise: `'rewards=[my.py:score]'`,",
         "`'sampling.system=\"Answer in one line.\"'`. An error about the grammar shows the quoted form.\n",
-        "`-m` runs a sweep: `ftcore -m ... trainer.learning_rate=1e-4,1e-3`. `--config-dir FOLDER` adds YAML of your own.\n",
+        "`-m` runs a sweep: `ftcore -m ... trainer.learning_rate=1e-4,1e-3`.",
+        "`--config-dir FOLDER` adds YAML of your own.\n",
         "## Exit codes\n",
         "| code | meaning |",
         "|---|---|",

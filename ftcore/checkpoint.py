@@ -161,7 +161,8 @@ def _random_checkpoint(family: ModelFamily, shape: str) -> Path:
     from ftcore.bytes_tokenizer import byte_tokenizer
 
     config = _random_config(family, shape)
-    key = hashlib.sha256((config.to_json_string() + transformers.__version__).encode()).hexdigest()[:16]
+    made_of = (config.to_json_string(), transformers.__version__, family.auto_class, family.chat_template or "")
+    key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
     target = cache_dir() / "random" / f"{family.model_types[0]}-{shape}-{key}"
     if not (target / "config.json").is_file():
         tokenizer = byte_tokenizer(family.chat_template)

@@ -48,7 +48,7 @@ def run(argv: list[str]) -> int:
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra re-raises, and the message is ours
         code = module.main(rest)
     except FtcoreError as error:
-        print(f"ftcore: {error}", file=sys.stderr)
+        print(f"ftcore: {short(str(error))}", file=sys.stderr)
         return int(error.code)
     except KeyboardInterrupt:
         print("\nftcore: stopped", file=sys.stderr)
@@ -57,6 +57,12 @@ def run(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as `head` does
         return 0
     return int(code or 0)
+
+
+def short(message: str, lines: int = 12) -> str:
+    """A message that fits: what a plugin's own error says may be long."""
+    text = message.splitlines()
+    return message if len(text) <= lines else "\n".join([*text[: lines - 1], f"... {len(text) - lines + 1} more lines"])
 
 
 def split_task(argv: list[str]) -> tuple[str, list[str]]:
@@ -70,11 +76,37 @@ def split_task(argv: list[str]) -> tuple[str, list[str]]:
     for index, word in enumerate(argv):
         if word[:1].isalpha() and "=" not in word and not value_of_flag:
             if word not in TASKS:
-                from ftcore.catalog import nearest
-
-                near = nearest(word, TASKS)
-                fix = f"did you mean `ftcore {near}`?" if near else f"tasks: {', '.join(TASKS)}"
-                raise Refused(Problem(word, "is neither a task nor key=value", fix))
+                raise Refused(Problem(word, "is neither a task nor key=value", _meant(argv, index)))
             return word, argv[:index] + argv[index + 1 :]
-        value_of_flag = word in ("--config-dir", "-cd", "--cfg", "-c", "--package", "-p", "--info", "-i", "--config-name", "-cn")
+        value_of_flag = word in (
+            "--config-dir",
+            "-cd",
+            "--cfg",
+            "-c",
+            "--package",
+            "-p",
+            "--info",
+            "-i",
+            "--config-name",
+            "-cn",
+        )
     return "train", argv
+
+
+def _meant(argv: list[str], index: int) -> str:
+    """The fix for a word that is no task: a task, a key without its value, or the rest of a value with spaces."""
+    from ftcore.catalog import nearest
+    from ftcore.config import KINDS
+    from ftcore.overrides import RUN_KEYS
+
+    word, before = argv[index], argv[index - 1] if index else ""
+    if word.partition(".")[0] in RUN_KEYS:
+        plus = "+" if word in KINDS else ""
+        return f"write {plus}{word}=VALUE, without spaces"
+    if near := nearest(word, TASKS):
+        return f"did you mean `ftcore {near}`?"
+    if "=" in before:
+        key, _, value = before.partition("=")
+        words = '["two words"]' if value.startswith("[") else '"two words"'
+        return f"quote a value that has spaces: '{key}={words}'"
+    return f"tasks: {', '.join(TASKS)}"

@@ -143,11 +143,17 @@ def hydra_overrides(parsed: Sequence[Override]) -> list[str]:
     Plain keys become `++key=value`, so that a misspelt key reaches ftcore's own check, which names all of them at once and
     never advises adding a dead key with `+`.
     """
+    swept = {override.key_or_group for override in parsed if _is_group(override) and override.is_sweep_override()}
     texts = []
     for override in parsed:
         text = str(override.input_line)
         is_key = not _is_group(override) and override.type in (OverrideType.CHANGE, OverrideType.ADD)
-        texts.append("++" + text.lstrip("+") if is_key and not text.startswith("hydra") else text)
+        if is_key and not text.startswith("hydra"):
+            key, _, value = text.lstrip("+").partition("=")
+            # A sweep's first composition leaves out what is swept, so a key below it must be left out as well.
+            one_of_one = key.partition(".")[0] in swept and not override.is_sweep_override()
+            text = f"++{key}=choice({value})" if one_of_one else f"++{key}={value}"
+        texts.append(text)
     return texts
 
 
@@ -239,4 +245,5 @@ def record(run: RunConfig, folder: Path) -> None:
 
 def to_yaml(run: RunConfig) -> str:
     """The config as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.structured(run))
+    text: str = OmegaConf.to_yaml(OmegaConf.structured(run))
+    return text

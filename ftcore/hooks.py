@@ -72,7 +72,7 @@ def ftcore_trainer_spec(config: TrainerConfig) -> TrainerSpec | None:
 
 
 @all_answers
-def ftcore_kernels(family: ModelFamily, device: Device) -> Sequence[Kernel]:  # type: ignore[empty-body]
+def ftcore_kernels(family: ModelFamily, device: Device) -> Sequence[Kernel]:
     """Offer kernels for the family's roles. Answered by kernel sets."""
 
 
@@ -87,7 +87,7 @@ def ftcore_make_plan(config: RunConfig, device: Device) -> Plan | None:
 
 
 @all_answers
-def ftcore_check_plan(plan: Plan) -> Sequence[Problem]:  # type: ignore[empty-body]
+def ftcore_check_plan(plan: Plan) -> Sequence[Problem]:
     """Name everything that would go wrong. Answered by core and by any plugin that has limits of its own.
 
     All problems are shown together, and nothing is loaded when there is one.
@@ -157,12 +157,12 @@ def ftcore_make_collator(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Any 
 
 
 @all_answers
-def ftcore_rewards(plan: Plan) -> Sequence[Reward]:  # type: ignore[empty-body]
+def ftcore_rewards(plan: Plan) -> Sequence[Reward]:
     """Give reward functions `f(prompts, completions, **columns)`. Answered by reward plugins, and by core for `rewards`."""
 
 
 @all_answers
-def ftcore_callbacks(plan: Plan) -> Sequence[TrainerCallback]:  # type: ignore[empty-body]
+def ftcore_callbacks(plan: Plan) -> Sequence[TrainerCallback]:
     """Give callbacks for the trainer. Answered by core (metrics.jsonl, progress) and by extras."""
 
 
@@ -209,5 +209,5 @@ def ftcore_evaluate(plan: Plan, trainer: Trainer) -> Mapping[str, float] | None:
 
 
 @all_answers
-def ftcore_export(plan: Plan, checkpoint: Checkpoint) -> Sequence[Artifact]:  # type: ignore[empty-body]
+def ftcore_export(plan: Plan, checkpoint: Checkpoint) -> Sequence[Artifact]:
     """Write the trained model for a consumer. Answered by exporters."""

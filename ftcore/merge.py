@@ -92,14 +92,15 @@ def _merged_module(path: str, module: Any) -> dict[str, torch.Tensor]:
 
 def _unpacked(layer: Any) -> torch.Tensor:
     """A bitsandbytes weight in float32."""
-    import torch
     from bitsandbytes.functional import dequantize_4bit
 
     if type(layer).__name__ == "Linear4bit":
-        return dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        weight: torch.Tensor = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        return weight.float()
     # One scale per row: int8 127 stands for the row's largest value.
     scale = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-    return layer.weight.data.to(torch.float32) * (scale.float() / 127).unsqueeze(1)
+    rows: torch.Tensor = layer.weight.data.float() * (scale.float() / 127).unsqueeze(1)
+    return rows
 
 
 def _with_bias(weights: dict[str, torch.Tensor], layer: Any) -> dict[str, torch.Tensor]:

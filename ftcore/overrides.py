@@ -30,10 +30,11 @@ def check_overrides(parsed: Sequence[Override], catalog: Catalog, recorded: bool
     problems = _given_twice(parsed)
     for override in [] if problems else parsed:
         key, root = str(override.key_or_group), _root(override)
-        if key in KINDS:
+        if root in KINDS and override.package is not None:
+            fix = f"write {_typed_plus(override)}{root}={_value(override)}"
+            problems.append(Problem(f"{root}@{override.package}", "an option cannot be put elsewhere with `@`", fix))
+        elif key in KINDS:
             problems += _check_option(override, key, catalog, recorded, composed)
-        elif root in KINDS and key.startswith(f"{root}@"):
-            problems.append(Problem(key, "an option cannot be put elsewhere with `@`", f"write {_typed_plus(override)}{root}={_value(override)}"))
         elif root in KINDS:
             problems += _check_setting(override, key, root, selected)
         elif root in GROUPS:
@@ -63,7 +64,11 @@ def _given_twice(parsed: Sequence[Override]) -> list[Problem]:
         given = [o for o in parsed if o.key_or_group == kind]
         words = " and ".join(str(o.input_line) for o in given)
         names = ",".join(_value(o).strip("[]") for o in given)
-        fix = f"write {_typed_plus(given[0])}{kind}=[{names}]" if kind in MANY else f"keep {given[-1].input_line} or {given[0].input_line}"
+        fix = (
+            f"write {_typed_plus(given[0])}{kind}=[{names}]"
+            if kind in MANY
+            else f"keep only {given[0].input_line} or {given[-1].input_line}"
+        )
         problems.append(Problem(kind, f"is given twice: {words}", fix))
     return problems
 
@@ -102,7 +107,9 @@ def _option_names(override: Override, kind: str) -> tuple[list[str], Problem | N
     if isinstance(value, dict):
         return [], Problem(kind, f"takes the name of an option: {text}", usage)
     if isinstance(value, list) and kind not in MANY:
-        return [], Problem(kind, f"takes one option, not a list: {text}", f"write {plus}{kind}={names[0] if names else 'NAME'}")
+        return [], Problem(
+            kind, f"takes one option, not a list: {text}", f"write {plus}{kind}={names[0] if names else 'NAME'}"
+        )
     if len(set(names)) < len(names):
         once = ",".join(dict.fromkeys(names))
         return [], Problem(kind, f"names an option twice: {text}", f"write {plus}{kind}=[{once}]")
@@ -115,7 +122,13 @@ def _check_setting(override: Override, key: str, kind: str, selected: Iterable[o
     plus = "" if kind in DEFAULTED else "+"
     if kind not in selected:
         name = f"[{parts[1]}]" if kind in MANY else "NAME"
-        return [Problem(key, f"is a key of a {kind}, and none is selected", f"add {plus}{kind}={name}; `ftcore plugins {kind}` lists them")]
+        return [
+            Problem(
+                key,
+                f"belongs to a {kind} plugin, and no {kind} is selected",
+                f"add {plus}{kind}={name}; `ftcore plugins {kind}` lists them",
+            )
+        ]
     if parts[-1] == "name" and len(parts) == (3 if kind in MANY else 2):
         return [Problem(key, "is set by selecting an option", f"write {plus}{kind}={_value(override) or 'NAME'}")]
     return []
@@ -123,9 +136,21 @@ def _check_setting(override: Override, key: str, kind: str, selected: Iterable[o
 
 def _check_group(override: Override, group: str, recorded: bool) -> list[Problem]:
     if recorded:
-        return [Problem(group, "cannot be added to a recorded run, whose config is complete", f"leave out run= or {override.input_line}")]
+        return [
+            Problem(
+                group,
+                "cannot be added to a recorded run, whose config is complete",
+                f"leave out run= or {override.input_line}",
+            )
+        ]
     if not (override.is_add() or override.is_delete()):
-        return [Problem(group, f"nothing is selected yet that {override.input_line} could replace", f"write +{override.input_line}")]
+        return [
+            Problem(
+                group,
+                f"nothing is selected yet that {override.input_line} could replace",
+                f"write +{override.input_line}",
+            )
+        ]
     return []
 
 
@@ -136,14 +161,18 @@ def _unknown_key(override: Override, key: str) -> Problem:
         return Problem(key, "is no key of a run", f"did you mean {' or '.join(places)}?")
     if near in KINDS and not dot:
         plus = "" if near in DEFAULTED else "+"
-        return Problem(key, f"is no key of a run: {override.input_line}", f"did you mean {plus}{near}={_value(override)}?")
+        return Problem(
+            key, f"is no key of a run: {override.input_line}", f"did you mean {plus}{near}={_value(override)}?"
+        )
     fix = f"did you mean {near}{dot}{rest}?" if near else "`ftcore --help` lists the keys"
     return Problem(key, "is no key of a run", fix)
 
 
 def homes(key: str) -> list[str]:
-    """Full keys that end in `key`, or in one much like it: `trainer.learning_rate` for `learning_rate` and `lerning_rate`."""
-    full = [f"{kind}.{f.name}" for kind, base in KINDS.items() if kind not in MANY for f in fields(base) if f.name != "name"]
+    """Full keys that end in `key` or in one much like it: `trainer.learning_rate` for `lerning_rate`."""
+    full = [
+        f"{kind}.{f.name}" for kind, base in KINDS.items() if kind not in MANY for f in fields(base) if f.name != "name"
+    ]
     near = nearest(key, [name.partition(".")[2] for name in full]) if len(key) > 3 else None
     exact = [name for name in full if name.partition(".")[2] == key]
     return exact or [name for name in full if near and name.partition(".")[2] == near]
@@ -152,12 +181,22 @@ def homes(key: str) -> list[str]:
 def explain_grammar(text: str, error: Exception) -> Refused:
     """Hydra's grammar did not take `text`; show the form that it takes."""
     if text in ("-m", "--multirun"):
-        return Refused(Problem(text, "makes a sweep of training runs, and this task trains nothing", "leave it out, or use `ftcore train`"))
+        return Refused(
+            Problem(
+                text,
+                "makes a sweep of training runs, and this task trains nothing",
+                "leave it out, or use `ftcore train`",
+            )
+        )
     if text.startswith("-"):
-        return Refused(Problem(text, "is no option of ftcore", "settings are written key=value; `ftcore --help` shows examples"))
+        return Refused(
+            Problem(text, "is no option of ftcore", "settings are written key=value; `ftcore --help` shows examples")
+        )
     key, equals, value = (part.strip() for part in text.partition("="))
     if not equals:
-        return Refused(Problem(text, "is neither a task nor key=value", f"write {text}=VALUE, or see `ftcore --help`"))
+        return Refused(
+            Problem(text, "is neither a task nor key=value", f"write {text}=VALUE; `ftcore --help` shows examples")
+        )
     if text != f"{key}={value}":
         return Refused(Problem(key.lstrip("+~"), f"has spaces around the `=`: {text}", f"write {key}={value}"))
     if value.startswith("[") and value.endswith("]"):
@@ -206,10 +245,18 @@ def _composition(text: str, overrides: Sequence[str]) -> Problem | None:
         value = _typed_value(kind, overrides) or "NAME"
         return Problem(kind, "is selected already, by the recipe", f"write {kind}={value}, which replaces it")
     if found := re.search(r"Could not override '([^'.]+)'\. No match", text):
-        return Problem(found[1], "nothing is selected yet that it could replace", f"write +{found[1]}={_typed_value(found[1], overrides)}")
+        return Problem(
+            found[1],
+            "nothing is selected yet that it could replace",
+            f"write +{found[1]}={_typed_value(found[1], overrides)}",
+        )
     if found := re.search(r"Could not delete '([^']+)'\. No match", text):
         kernels = found[1] == "kernels"
-        return Problem(found[1], "cannot be deleted", "write kernels=[] for plain transformers" if kernels else f"leave ~{found[1]} out")
+        return Problem(
+            found[1],
+            "cannot be deleted",
+            "write kernels=[] for plain transformers" if kernels else f"leave ~{found[1]} out",
+        )
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
         key, _, value = found[1].lstrip("+").partition("=")
         quote = "name one of them" if key in KINDS else f"quote it: '{key}=\"{value}\"'"
@@ -223,22 +270,54 @@ def _missing(name: str, text: str) -> Problem:
     options = listed[1].split() if listed else []
     near = nearest(option, options)
     plus = "" if group.startswith("hydra") or group in DEFAULTED else "+"
-    fix = f"did you mean {plus}{group}={near}?" if near else f"there are: {', '.join(options) or 'none'}; --config-dir FOLDER adds your own"
+    fix = (
+        f"did you mean {plus}{group}={near}?"
+        if near
+        else f"there are: {', '.join(options) or 'none'}; --config-dir FOLDER adds your own"
+    )
     return Problem(group or name, f"there is no {group} named '{option}'", fix)
 
 
 _TYPES = (
-    (r"'(?P<value>.*)' of type '.*' could not be converted to Float", "'{value}' is not a number", "write {key}=NUMBER"),
-    (r"'(?P<value>.*)' of type '.*' could not be converted to Integer", "'{value}' is not a whole number", "write {key}=WHOLE_NUMBER"),
-    (r"Value '(?P<value>.*)' is not a valid bool", "'{value}' is neither true nor false", "write {key}=true or {key}=false"),
+    (
+        r"'(?P<value>.*)' of type '.*' could not be converted to Float",
+        "'{value}' is not a number",
+        "write {key}=NUMBER",
+    ),
+    (
+        r"'(?P<value>.*)' of type '.*' could not be converted to Integer",
+        "'{value}' is not a whole number",
+        "write {key}=WHOLE_NUMBER",
+    ),
+    (
+        r"Value '(?P<value>.*)' is not a valid bool",
+        "'{value}' is neither true nor false",
+        "write {key}=true or {key}=false",
+    ),
     (r"is not Optional", "cannot be null", "leave {key} out to keep its default"),
     (r"is not a ListConfig", "takes a list, not {typed}", "write {key}=[{typed}]"),
     (r"Cannot assign .* to Dict|is not a subclass", "takes keys of its own, not {typed}", "write {key}.NAME=VALUE"),
-    (r"Cannot merge", "takes another kind of value than {typed}", "a list is written [a,b], and keys as {key}.NAME=VALUE"),
-    (r"Cannot convert '(?P<value>\w+)' to string", "takes one text, not a {value}: {typed}", "name one, or quote the whole value"),
+    (
+        r"Cannot merge",
+        "takes another kind of value than {typed}",
+        "a list is written [a,b], and keys as {key}.NAME=VALUE",
+    ),
+    (
+        r"Cannot convert '(?P<value>\w+)' to string",
+        "takes one text, not a {value}: {typed}",
+        "name one, or quote the whole value",
+    ),
     (r"does not support deletion", "cannot be deleted", "leave it out to keep its default"),
-    (r"Interpolation key '(?P<value>.*)' not found", "refers to '{value}', which is no key", "name an existing key in ${{...}}"),
-    (r"Environment variable '(?P<value>.*)' not found", "the environment variable {value} is not set", "set it, or write the value itself"),
+    (
+        r"Interpolation key '(?P<value>.*)' not found",
+        "refers to '{value}', which is no key",
+        "name an existing key in ${{...}}",
+    ),
+    (
+        r"Environment variable '(?P<value>.*)' not found",
+        "the environment variable {value} is not set",
+        "set it, or write the value itself",
+    ),
 )
 """What OmegaConf says of a value, what ftcore says instead, and the fix."""
 
@@ -246,13 +325,24 @@ _TYPES = (
 def _type_problem(key: str, message: str, typed: str) -> Problem:
     if found := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", message):
         near = nearest(found[1], found[2].split(", "))
-        return Problem(key, f"'{found[1]}' is not one of {found[2]}", f"did you mean {key}={near}?" if near else f"write {key}=ONE_OF_THEM")
+        return Problem(
+            key,
+            f"'{found[1]}' is not one of {found[2]}",
+            f"did you mean {key}={near}?" if near else f"choose one, such as {key}={found[2].split(', ')[0]}",
+        )
     if found := re.search(r"Value (.*) \(\w+\) is not a valid input for <enum", message):
-        return Problem(key, f"takes one word, not {typed or found[1]}", f"write {key}={typed.strip('[]{}').partition(',')[0]}")
+        return Problem(
+            key, f"takes one word, not {typed or found[1]}", f"write {key}={typed.strip('[]{}').partition(',')[0]}"
+        )
     if "dict is not a subclass" in message and key.partition(".")[0] in MANY:
         kind, name = key.split(".")[:2]
         plus = "" if kind in DEFAULTED else "+"
-        return Problem(key, f"no {kind} named '{name}' is selected", f"write {plus}{kind}=[{name}], or leave the key out")
+        return Problem(
+            key, f"no {kind} named '{name}' is selected", f"write {plus}{kind}=[{name}], or leave the key out"
+        )
+    if "'{}' of type 'dict'" in message:
+        parent = key.rpartition(".")[0]
+        return Problem(key, f"{parent} is one value and has no keys", f"write {parent}={typed or 'VALUE'}")
     if re.match(r"Key '.*' not in", message):
         return unknown_key(key)
     for pattern, words, fix in _TYPES:

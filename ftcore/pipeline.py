@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ftcore import hooks as h
 from ftcore.catalog import installed
-from ftcore.config import RunConfig
+from ftcore.config import RewardConfig, RunConfig
 from ftcore.defaults.plan import PlanMaker
 from ftcore.device import Device
 from ftcore.errors import Problem, Refused, refuse
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def prepare(config: RunConfig, plugins: Sequence[object] = (), check: bool = True) -> tuple[Hooks, Plan]:
+def prepare(config: RunConfig, plugins: Sequence[object] = ()) -> tuple[Hooks, Plan]:
     """The hooks and the plan of a run; no weight is read.
 
     Raises Refused with all problems at once.
@@ -27,13 +27,12 @@ def prepare(config: RunConfig, plugins: Sequence[object] = (), check: bool = Tru
     catalog = installed()
     hooks = _hooks(config, plugins)
     if reward := _sample_reward(config, hooks):
-        config = replace(config, reward={reward: catalog.find("reward", reward).config_class()(name=reward)})
+        chosen = catalog.find("reward", reward).config_class()(name=reward)
+        assert isinstance(chosen, RewardConfig)
+        config = replace(config, reward={reward: chosen})
         hooks = _hooks(config, plugins)
     plan = hooks.first(h.ftcore_make_plan, config=config, device=Device())
-    if check:
-        refuse(hooks.collect(h.ftcore_check_plan, plan=plan))
-        if plan.trainer and plan.trainer.wants_rewards and not (_rewarded(hooks) or config.rewards):
-            raise Refused(_no_reward(config))
+    refuse([*hooks.collect(h.ftcore_check_plan, plan=plan), *_no_reward(plan, hooks)])
     return hooks, plan
 
 
@@ -43,8 +42,8 @@ def load(hooks: Hooks, plan: Plan) -> Loaded:
     quantization = hooks.maybe(h.ftcore_quantization_config, plan=plan)
     model: torch.nn.Module = hooks.first(h.ftcore_load_model, plan=plan, quantization=quantization)
     base = hooks.first(h.ftcore_patch_model, plan=plan, model=model, phase=Phase.BASE)
-    model = hooks.first(h.ftcore_quantize_model, plan=plan, model=model)  # type: ignore[arg-type]
-    model = hooks.first(h.ftcore_adapt_model, plan=plan, model=model)  # type: ignore[arg-type]
+    model = hooks.first(h.ftcore_quantize_model, plan=plan, model=model)
+    model = hooks.first(h.ftcore_adapt_model, plan=plan, model=model)
     fused = hooks.first(h.ftcore_patch_model, plan=plan, model=model, phase=Phase.ADAPTED)
     patches = PatchReport(claims=base.claims + fused.claims, skipped=base.skipped + fused.skipped)
     return Loaded(plan=plan, model=model, tokenizer=tokenizer, patches=patches)
@@ -151,6 +150,9 @@ def _sample_reward(config: RunConfig, hooks: Hooks) -> str | None:
     return name
 
 
-def _no_reward(config: RunConfig) -> Problem:
-    name = config.trainer.name if config.trainer else "the trainer"
-    return Problem("reward", f"{name} needs a reward", "add +reward=[length], or rewards=[my_rewards.py:my_function]")
+def _no_reward(plan: Plan, hooks: Hooks) -> list[Problem]:
+    if not (plan.trainer and plan.trainer.wants_rewards) or _rewarded(hooks) or plan.run.rewards:
+        return []
+    name = plan.run.trainer.name if plan.run.trainer else ""
+    fix = f"add '+reward=[{(installed().names('reward') or ['NAME'])[0]}]', or rewards=[my_rewards.py:my_function]"
+    return [Problem("reward", f"{name} needs a reward", fix)]

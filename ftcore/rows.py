@@ -1,4 +1,4 @@
-"""Raw rows of local files, one at a time with file and line, without torch or datasets: for checks before anything loads."""
+"""Raw rows, one at a time with file and line, without torch or datasets: for checks before anything loads."""
 
 from __future__ import annotations
 
@@ -45,8 +45,12 @@ def hub_rows(path: str, split: str, key: str = "data.path") -> Iterator[tuple[st
     try:
         stream = load_dataset(path, split=split, streaming=True)
     except Exception as error:  # the hub's and the network's errors are many; all mean that the rows are not to be had
-        message = f"{path} is no file here, and no data set with a split '{split}' could be reached ({type(error).__name__})"
-        raise Refused(Problem(key, message, "give a local file, or check the hub id and data.split", Exit.MISSING_INPUT)) from error
+        message = (
+            f"{path} is no file here, and no data set with a split '{split}' could be reached ({type(error).__name__})"
+        )
+        raise Refused(
+            Problem(key, message, "give a local file, or check the hub id and data.split", Exit.MISSING_INPUT)
+        ) from error
     for number, row in enumerate(stream, 1):
         yield f"{path} row {number}", row
 
@@ -80,21 +84,28 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
             try:
                 yield number, raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise _bad(f"{file}:{number}", f"is not UTF-8 (byte {error.start + 1} of the line)", "save the file as UTF-8") from error
+                raise _bad(
+                    f"{file}:{number}", f"is not UTF-8 (byte {error.start + 1} of the line)", "save the file as UTF-8"
+                ) from error
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, Row]]:
     for number, line in _lines(file):
         if line.strip():
             place = f"{file}:{number}"
-            yield place, _mapping(_parsed(line, file, number, "a .jsonl file has one whole JSON object in each line"), place)
+            yield (
+                place,
+                _mapping(_parsed(line, file, number, "a .jsonl file has one whole JSON object in each line"), place),
+            )
 
 
 def _json(file: Path) -> Iterator[tuple[str, Row]]:
     text = "".join(line for _, line in _lines(file))
     rows = _parsed(text, file, 1, "a .json file is one list of objects")
     if not isinstance(rows, list):
-        raise _bad(str(file), "holds no list of rows", "a .json file is one list of objects; use .jsonl for one object a line")
+        raise _bad(
+            str(file), "holds no list of rows", "a .json file is one list of objects; use .jsonl for one object a line"
+        )
     for number, row in enumerate(rows, 1):
         place = f"{file}: row {number}"
         yield place, _mapping(row, place)
@@ -107,7 +118,9 @@ def _parsed(text: str, file: Path, first_line: int, form: str) -> Any:
     try:
         return json.loads(text.rstrip())
     except json.JSONDecodeError as error:
-        raise _bad(f"{file}:{first_line + error.lineno - 1}", f"is not JSON: {error.msg} at column {error.colno}", form) from error
+        raise _bad(
+            f"{file}:{first_line + error.lineno - 1}", f"is not JSON: {error.msg} at column {error.colno}", form
+        ) from error
     except RecursionError as error:
         raise _bad(place, "is nested too deeply to be read", form) from error
 

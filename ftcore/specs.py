@@ -325,7 +325,7 @@ class Checkpoint:
     def base(self) -> PreTrainedModel:
         """The transformers model under the adapter."""
         getter = getattr(self.model, "get_base_model", None)
-        model: PreTrainedModel = getter() if getter else self.model  # type: ignore[assignment]
+        model: PreTrainedModel = getter() if getter else self.model
         return model
 
 

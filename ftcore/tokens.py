@@ -53,7 +53,7 @@ def render(
             )
         )
     text = tokenizer.apply_chat_template(
-        list(messages), tools=tools, tokenize=False, add_generation_prompt=generate  # type: ignore[arg-type]
+        list(messages), tools=tools, tokenize=False, add_generation_prompt=generate
     )
     assert isinstance(text, str)
     return text

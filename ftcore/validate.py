@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 
 from ftcore.catalog import nearest
+from ftcore.config import KINDS
 from ftcore.errors import Problem, refuse
 from ftcore.overrides import homes
 
@@ -16,8 +17,8 @@ from ftcore.overrides import homes
 def reject_unknown_keys(config: DictConfig) -> None:
     """Refuse keys that no dataclass of the config declares, and lists of texts that hold something else.
 
-    Hydra lets `+trainer.lerning_rate=1` and `+modle=qwen3` through even on structured configs, so this runs on the composed
-    config. Raises Refused with every finding.
+    Hydra lets `+trainer.lerning_rate=1` and `+modle=qwen3` through even on structured configs, so this runs on the
+    composed config. Raises Refused with every finding.
     """
     refuse(list(_unknown(config, "")))
 
@@ -47,6 +48,8 @@ def _problem(key: str, full: str, path: str, node: DictConfig, declared: list[st
         fix = f"did you mean {path + '.' if path else ''}{near}?"
     elif elsewhere:
         fix = f"did you mean {' or '.join(elsewhere)}?"
+    elif len(known) > 8 and path in KINDS:
+        fix = f"`ftcore plugins {path}/{owner}` lists its {len(known)} keys"
     elif path:
         fix = f"its keys are {', '.join(known)}" if known else f"leave it out: {owner} has no keys"
     else:
@@ -58,4 +61,8 @@ def _not_texts(items: ListConfig, full: str) -> Iterator[Problem]:
     for number, item in enumerate(items, 1):
         if not isinstance(item, str):
             what = "a list" if isinstance(item, ListConfig) else "no text"
-            yield Problem(full, f"item {number} is {what}: {item}", f"write {full}=[text,text]; quote items with special characters")
+            yield Problem(
+                full,
+                f"item {number} is {what}: {item}",
+                f"write {full}=[text,text]; quote items with special characters",
+            )

@@ -62,7 +62,7 @@ def _stay_differentiable(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
 
 
 @hookimpl(trylast=True)

@@ -8,9 +8,11 @@
     class TestOlmo2(ModelContract):
         plugin = "model/acme_olmo2"
 
-There is one contract per kind of plugin. Each starts from :class:`PluginContract` and adds what the rest of ftcore relies on;
-class attributes say what a plugin needs to be tried. Everything runs on tiny random models, so nothing is downloaded and no GPU
-is needed. `pytest_plugins` is only needed for the fixture `run_dir` outside of the contracts, and for Triton's interpreter.
+There is one contract per kind of plugin. Each starts from :class:`PluginContract` and adds what the rest of ftcore
+relies on; class attributes say what a plugin needs to be tried. Everything runs on tiny random models, so nothing is
+downloaded and no GPU is needed. `pytest_plugins` brings the fixture `run_dir` and, without a GPU, Triton's interpreter.
+
+PYTEST_DONT_REWRITE: this module is imported before pytest sees `pytest_plugins`, and it asserts nothing.
 """
 
 from __future__ import annotations

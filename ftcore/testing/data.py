@@ -86,7 +86,7 @@ class DataContract(PluginContract):
         assert all(isinstance(check(row), str) for row in bad)
 
     def test_sample_goes_through_a_run(self) -> None:
-        """Loaded, converted and, where the shape is one that ftcore tokenizes, masked so that each row trains something."""
+        """Loaded and converted; where ftcore tokenizes the shape, masked so that each row trains something."""
         from ftcore import hooks as h
 
         hooks, plan = runs.prepared([*self.base, *self.selected()])

@@ -14,8 +14,8 @@ from pathlib import Path
 class Environment:
     """A new virtual environment that also sees every package of the running one.
 
-    `install` puts packages into it, and `ftcore` and `python` run there in processes of their own, so that a test sees what a
-    user sees after `pip install`.
+    `install` puts packages into it, and `ftcore` and `python` run there in processes of their own, so that a test sees
+    what a user sees after `pip install`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,7 +30,12 @@ class Environment:
         """Install project folders or wheels with pip, offline and without their dependencies."""
         command = [sys.executable, "-m", "pip", "--python", str(self.interpreter), "install", "--quiet"]
         options = ["--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
-        done = subprocess.run([*command, *options, *map(str, projects)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, *options, *(str(project.resolve()) for project in projects)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             raise RuntimeError(f"pip could not install {', '.join(map(str, projects))}:\n{done.stdout}{done.stderr}")
 
@@ -45,4 +50,8 @@ class Environment:
 
 def _own_packages() -> list[str]:
     """Folders that the running environment finds its packages in."""
-    return [folder for folder in dict.fromkeys([*site.getsitepackages(), sysconfig.get_path("purelib")]) if Path(folder).is_dir()]
+    return [
+        folder
+        for folder in dict.fromkeys([*site.getsitepackages(), sysconfig.get_path("purelib")])
+        if Path(folder).is_dir()
+    ]

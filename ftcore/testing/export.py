@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -13,11 +11,14 @@ from ftcore.testing import maths, runs
 from ftcore.testing.plugin import PluginContract
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from torch import nn
 
 
 class ExportContract(PluginContract):
-    """An exporter writes what it says into the run folder, leaves the model as it was, and what it wrote is the model."""
+    """An exporter writes into the run folder, leaves the model as it was, and what it wrote is the model."""
 
     base: ClassVar[Sequence[str]] = runs.TINY
     """Overrides that select the model that is exported."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftcore.answers import end_ids
 from ftcore.specs import Generator, Loaded, Sampling
 from ftcore.testing import runs
 from ftcore.testing.plugin import PluginContract
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PROMPTS = ("Hi", "Name a colour.", "Count to ten, please: ")
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import pytest
 
 from ftcore.manager import import_function
-from ftcore.specs import Kernel
 from ftcore.testing import maths, runs
 from ftcore.testing.plugin import PluginContract
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ftcore.specs import Kernel
 
 
 class KernelsContract(PluginContract):
@@ -51,5 +54,7 @@ class KernelsContract(PluginContract):
         if self.needs_gpu and not torch.cuda.is_available():
             pytest.skip("needs a GPU")
         maths.needs_triton(self.name())
-        claimed = maths.assert_same_maths([*self.base, *self.settings, f"adapter={adapter}"], self.name(), self.tolerance)
+        claimed = maths.assert_same_maths(
+            [*self.base, *self.settings, f"adapter={adapter}"], self.name(), self.tolerance
+        )
         assert {claim.kernel for claim in claimed.claims} <= {kernel.name for kernel in self.offered()}

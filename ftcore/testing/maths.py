@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ftcore.specs import Loaded, PatchReport
 from ftcore.testing import runs
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
+
+    from ftcore.specs import Loaded, PatchReport
 
 
 def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -76,7 +78,9 @@ def needs_triton(kernel_set: str) -> None:
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("set TRITON_INTERPRET=1 to try Triton's kernels without a GPU")
     if not torch.cuda.is_available() and not _interprets():
-        pytest.fail("triton was imported before TRITON_INTERPRET=1 was set: put `pytest_plugins = ['ftcore.testing']` earlier")
+        pytest.fail(
+            "triton was imported before TRITON_INTERPRET=1 was set: put `pytest_plugins = ['ftcore.testing']` earlier"
+        )
     assert "triton" in sys.modules
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
-from ftcore.specs import Loaded, ModelFamily
 from ftcore.testing import maths, runs
 from ftcore.testing.plugin import PluginContract
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     import torch
+
+    from ftcore.specs import Loaded, ModelFamily
 
 CONVERSATION = [
     {"role": "user", "content": "How many legs has a spider?"},
@@ -28,7 +30,7 @@ ADAPTERS = ("lora", "full")
 
 
 class ModelContract(PluginContract):
-    """A family's tiny model loads, is patched without a change of its maths, is adapted, saved, and formats conversations."""
+    """A family's tiny model is patched without a change of its maths, is adapted, saved, and formats conversations."""
 
     tolerance: ClassVar[float] = 1e-5
     """Relative distance, in norm, of the loss and of each gradient from plain transformers' in float32."""
@@ -81,7 +83,9 @@ class ModelContract(PluginContract):
         adapted = runs.loaded([*self.tiny(), "adapter=lora"]).model
         targets = self.family().lora_targets
         assert targets
-        linear = {path.rpartition(".")[2] for path, m in self.plain().model.named_modules() if type(m).__name__ == "Linear"}
+        linear = {
+            path.rpartition(".")[2] for path, m in self.plain().model.named_modules() if type(m).__name__ == "Linear"
+        }
         assert set(targets) <= linear, f"linear layers are called {', '.join(sorted(linear))}"
         trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
         assert [t for t in targets if not any(f".{t}." in name for name in trained)] == []
@@ -116,7 +120,9 @@ class ModelContract(PluginContract):
         before = runs.logits_of(other.model, batch)
         maths.loss_and_gradients(runs.loaded([*self.tiny(), "kernels=[reference]"]).model, batch)
         assert [n for n, value in names.items() if vars(home).get(n) is not value] == []
-        changed = [cls.__name__ for cls, was in classes.items() if any(vars(cls).get(n) is not v for n, v in was.items())]
+        changed = [
+            cls.__name__ for cls, was in classes.items() if any(vars(cls).get(n) is not v for n, v in was.items())
+        ]
         assert changed == []
         assert not any("forward" in vars(module) for module in other.model.modules())
         assert maths.apart(runs.logits_of(other.model, batch), before) == 0

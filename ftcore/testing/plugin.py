@@ -7,15 +7,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import is_dataclass
-from types import ModuleType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
 from ftcore.catalog import Catalog, Option, field_help, installed
 from ftcore.config import KINDS, RunConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import ModuleType
 
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes", "triton")
 """Packages that a plugin module must leave alone until a hook is called: they take seconds to import."""
@@ -77,11 +79,12 @@ class PluginContract:
     def test_docstring_says_what_it_is(self) -> None:
         """The first line of the module's docstring is what `ftcore plugins` shows."""
         lines = (self.module().__doc__ or "").splitlines()
-        assert lines and lines[0].strip(), f"{self.option().module} has no docstring"
+        assert lines, f"{self.option().module} has no docstring"
+        assert lines[0].strip(), f"the docstring of {self.option().module} starts with an empty line"
         assert self.option().summary() == lines[0]
 
     def test_config_is_typed_and_documented(self) -> None:
-        """`Config` is a dataclass under its kind's base, OmegaConf takes it, and each of its own fields has a help string."""
+        """`Config` is a dataclass under its kind's base that OmegaConf takes, with a help string for each own field."""
         from omegaconf import OmegaConf
 
         cls = self.option().config_class()
@@ -103,7 +106,11 @@ class PluginContract:
     def test_no_hook_pushes_itself_forward(self) -> None:
         """`tryfirst` would take away the user's last word."""
         module = self.module()
-        pushing = [n for n in dir(module) if n.startswith("ftcore_") and getattr(getattr(module, n), "ftcore_impl", {}).get("tryfirst")]
+        pushing = [
+            n
+            for n in dir(module)
+            if n.startswith("ftcore_") and getattr(getattr(module, n), "ftcore_impl", {}).get("tryfirst")
+        ]
         assert not pushing
 
     def test_requirements_can_be_read(self) -> None:
@@ -124,7 +131,13 @@ class PluginContract:
 
 def _imported(module: str) -> dict[str, Any]:
     command = [sys.executable, "-c", IMPORT, module, ",".join(HEAVY)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     if done.returncode:
         pytest.fail(f"{module} does not import: {done.stderr}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

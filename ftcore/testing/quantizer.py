@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 
 from ftcore.testing import maths, runs
 from ftcore.testing.plugin import PluginContract
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class QuantizerContract(PluginContract):
@@ -17,7 +19,7 @@ class QuantizerContract(PluginContract):
     base: ClassVar[Sequence[str]] = runs.TINY
     """Overrides that select the model that it is tried on."""
     size: ClassVar[float] = 0.8
-    """Bytes of the quantized model, as a part of its bytes in float32; a tiny model is mostly embeddings, which stay."""
+    """Bytes of the quantized model, as a part of its bytes in float32; embeddings stay, and a tiny model has many."""
     error: ClassVar[float] = 0.3
     """Largest relative distance of its logits, in norm, from the model's."""
     needs_gpu: ClassVar[bool] = False
@@ -32,11 +34,12 @@ class QuantizerContract(PluginContract):
 
     def test_weights_are_smaller_and_say_nearly_the_same(self) -> None:
         """Fewer bytes, and an error that is there but bounded."""
-        plain, ours = runs.loaded([*self.base, "kernels=[]"]), runs.loaded([*self.base, *self.selected(), "kernels=[]"])
-        was, now = (model.get_memory_footprint() for model in _models(plain, ours))
+        plain: Any = runs.loaded([*self.base, "kernels=[]"]).model
+        ours: Any = runs.loaded([*self.base, *self.selected(), "kernels=[]"]).model
+        was, now = plain.get_memory_footprint(), ours.get_memory_footprint()
         assert now < self.size * was, f"{now} bytes of {was}"
-        batch = runs.batch_for(plain.model)
-        distance = maths.apart(runs.logits_of(ours.model, batch), runs.logits_of(plain.model, batch))
+        batch = runs.batch_for(plain)
+        distance = maths.apart(runs.logits_of(ours, batch), runs.logits_of(plain, batch))
         assert 0 < distance < self.error
 
     def test_an_adapter_over_it_is_trained(self) -> None:
@@ -53,6 +56,12 @@ class QuantizerContract(PluginContract):
         moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
         assert moved == set(gradients)
 
-
-def _models(*loaded: Any) -> list[Any]:
-    return [each.model for each in loaded]
+    def test_answering_between_steps_changes_nothing(self) -> None:
+        """A run evaluates and answers prompts before it trains: the gradients afterwards are those of before."""
+        model: Any = runs.loaded([*self.base, *self.selected()]).model
+        runs.shake(model, trainable_only=True)
+        batch = runs.batch_for(model)
+        _, before = maths.loss_and_gradients(model, batch)
+        runs.logits_of(model, batch)
+        _, after = maths.loss_and_gradients(model, batch)
+        assert max(maths.apart(after[name], before[name]) for name in before) < 0.02

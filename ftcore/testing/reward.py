@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ftcore.specs import Reward
 from ftcore.testing import runs
 from ftcore.testing.plugin import PluginContract
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ftcore.specs import Reward
 
 TEXTS = ("", "Paris", "The capital of France is Paris.", '{"answer": 12}', "ja ja ja\n\n<b>12</b> " * 20)
 """Completions of all sorts, the empty one too: a model writes them all."""
@@ -38,7 +41,9 @@ class RewardContract(PluginContract):
             prompts = [[{"role": "user", "content": text}] for text in prompts]
             completions = [[{"role": "assistant", "content": text}] for text in completions]
         columns = {name: [value] * rows for name, value in self.columns.items()}
-        said = reward(prompts=prompts, completions=completions, completion_ids=[[1]] * rows, trainer_state=None, **columns)
+        said = reward(
+            prompts=prompts, completions=completions, completion_ids=[[1]] * rows, trainer_state=None, **columns
+        )
         return [math.nan if value is None else float(value) for value in said]
 
     def test_one_finite_number_each(self) -> None:
@@ -55,7 +60,9 @@ class RewardContract(PluginContract):
         """`reward.NAME.weight` scales it."""
         kind, _, name = self.plugin.partition("/")
         name = name.rpartition(":")[2]
-        for once, twice in zip(self.rewards(f"{kind}.{name}.weight=1"), self.rewards(f"{kind}.{name}.weight=2"), strict=True):
+        for once, twice in zip(
+            self.rewards(f"{kind}.{name}.weight=1"), self.rewards(f"{kind}.{name}.weight=2"), strict=True
+        ):
             doubled = [2 * value for value in self.values(once, False)]
             assert all(map(math.isclose, self.values(twice, False), doubled))
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftcore.config import DEFAULTED, MANY
-from ftcore.specs import Loaded, Plan
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import nn
 
     from ftcore.manager import Hooks
+    from ftcore.specs import Loaded, Plan
 
 TINY = ("+model=llama", "model.tiny=true", "model.dtype=float32")
 """The model that plugins other than models are tried on."""
@@ -51,17 +52,20 @@ def reloaded(overrides: Sequence[str], run: str) -> Loaded:
     return load_trained(replace(validated(list(overrides)), run=run))
 
 
-def batch_for(model: Any, length: int = 24) -> dict[str, torch.Tensor]:
+def batch_for(model: Any, length: int = 12) -> dict[str, torch.Tensor]:
     """Two rows of bytes; the second is shorter and padded, and the first words of both are not trained."""
     import torch
 
     drawn = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 256, (2, length), generator=drawn)
     mask = torch.ones_like(ids)
-    mask[1, -7:] = 0
+    mask[1, -4:] = 0
     labels = torch.where(mask == 1, ids, -100)
-    labels[:, :5] = -100
-    return {name: value.to(model.device) for name, value in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
+    labels[:, :3] = -100
+    return {
+        name: value.to(model.device)
+        for name, value in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))
+    }
 
 
 def shake(model: nn.Module, trainable_only: bool = False) -> None:

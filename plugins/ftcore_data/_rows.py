@@ -40,7 +40,11 @@ def not_text(row: Row, column: str, empty_ok: bool = False) -> str | None:
     value = row.get(column)
     if not isinstance(value, str):
         return f"column '{column}' is {_name(value)}, not text\nput text in '{column}', or take the row out"
-    return None if value.strip() or empty_ok else f"column '{column}' is empty\nput text in '{column}', or take the row out"
+    return (
+        None
+        if value.strip() or empty_ok
+        else f"column '{column}' is empty\nput text in '{column}', or take the row out"
+    )
 
 
 def check_messages(messages: Any, column: str = "messages", answered: bool = True) -> str | None:
@@ -48,7 +52,7 @@ def check_messages(messages: Any, column: str = "messages", answered: bool = Tru
     if not isinstance(messages, list):
         return f"column '{column}' is {_name(messages)}, not a list of messages\na message looks like {MESSAGE}"
     if not messages:
-        return f"column '{column}' is an empty conversation\nput a user's and an assistant's message in, or take the row out"
+        return f"column '{column}' is an empty conversation\nput a question and an answer in, or take the row out"
     for number, message in enumerate(messages, 1):
         if reason := _check_message(message, number):
             return reason
@@ -64,12 +68,13 @@ def _check_message(message: Any, number: int) -> str | None:
     if not isinstance(message, dict) or "role" not in message:
         return f"message {number} is not an object with 'role' and 'content'\na message looks like {MESSAGE}"
     if message["role"] not in ROLES:
-        return f"message {number} has the unknown role '{message['role']}'\n{one_of(message['role'], ROLES)}"
+        return f"message {number} has the unknown role {message['role']!r}\n{one_of(message['role'], ROLES)}"
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return None
     if not isinstance(content, str):
-        return f"message {number} ({message['role']}) has {_name(content)} as content, not text\nput text in, or take the row out"
+        what = _name(content)
+        return f"message {number} ({message['role']}) has {what} as content, not text\nput text in, or take the row out"
     if not content.strip():
         return f"message {number} ({message['role']}) is empty\nput text in, or take the row out"
     return None

@@ -34,7 +34,7 @@ def check(row: Row) -> str | None:
         return reason
     history = row.get("history") or []
     if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
-        return "column 'history' is not a list of [question, answer] pairs\nwrite it as [[\"question\", \"answer\"], ...]"
+        return 'column \'history\' is not a list of [question, answer] pairs\nwrite it as [["question", "answer"], ...]'
     return None
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 from ftcore import DataConfig, DataFormat, Problem, Refused, hookimpl
-from ftcore.catalog import installed
+from ftcore.catalog import installed, nearest
 from ftcore.errors import Exit
 from ftcore.manager import import_function
-from ftcore.rows import iter_rows, local_files
-from ftcore_data._rows import Row
+from ftcore.rows import hub_rows, iter_rows, local_files, row_problem
+from ftcore_data._rows import NO_COLUMN, Row
 
 SAMPLE = "messages"
 """Format whose shipped rows are used when no data is named."""
@@ -31,25 +29,36 @@ class Config(DataConfig):
 def ftcore_data_format(config: Config) -> DataFormat:
     """The one candidate whose check passes on the first rows."""
     if config.format:
-        return _load(config.format)
+        return _named(config.format)
     if config.path is None:
         return _load(SAMPLE)
-    rows = list(islice(_rows(config), LOOKED_AT))
-    fitting, reasons = [], []
+    rows = _first_rows(config.path, config.split)
+    if not rows:
+        raise Refused(Problem(config.path, "holds no rows", "give a file with at least one row", Exit.DATA))
+    fitting, misfits = [], []
     for form in map(_load, config.candidates):
         check = import_function(form.check, "data")
-        place, reason = next(((p, r) for p, row in rows if (r := check(row))), ("", None))
-        if reason is None:
+        bad = next(((number, reason) for number, (_, row) in enumerate(rows) if (reason := check(row))), None)
+        if bad is None:
             fitting.append(form)
         else:
-            reasons.append((form, place, reason))
+            misfits.append((form, *bad))
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         names = [form.name for form in fitting]
         message = f"the rows of {config.path} could be {' or '.join(names)}"
-        raise Refused(Problem("data", message, f"say data={names[0]} or data={names[1]}", Exit.DATA))
-    raise Refused(_closest(config, rows, reasons))
+        raise Refused(Problem("data", message, f"say {' or '.join(f'data={name}' for name in names)}", Exit.DATA))
+    raise Refused(_closest(rows, misfits))
+
+
+def _named(name: str) -> DataFormat:
+    names = [n for n in installed().names("data") if n != "auto"]
+    if name not in names:
+        near = nearest(name, names)
+        fix = f"did you mean data.format={near}?" if near else f"formats: {', '.join(names)}"
+        raise Refused(Problem("data.format", f"there is no format '{name}'", fix))
+    return _load(name)
 
 
 def _load(name: str) -> DataFormat:
@@ -57,34 +66,19 @@ def _load(name: str) -> DataFormat:
     return form
 
 
-def _rows(config: Config) -> Iterator[tuple[str, Row]]:
-    assert config.path is not None
-    files = local_files(config.path)
-    if files is not None:
-        for file in files:
-            yield from iter_rows(file)
-        return
-    from datasets import load_dataset
-
-    try:
-        stream = load_dataset(config.path, split=config.split, streaming=True)
-    except Exception as error:  # the hub's and the network's errors are many; all mean that the rows are not to be had
-        message = f"the data set {config.path} cannot be reached ({type(error).__name__})"
-        raise Refused(Problem("data.path", message, "give a local file, or check the id and data.split", Exit.MISSING_INPUT)) from error
-    for number, row in enumerate(stream, 1):
-        yield f"{config.path} row {number}", row
+def _first_rows(path: str, split: str) -> list[tuple[str, Row]]:
+    files = local_files(path)
+    rows = hub_rows(path, split) if files is None else (row for file in files for row in iter_rows(file))
+    return list(islice(rows, LOOKED_AT))
 
 
-def _closest(config: Config, rows: list[tuple[str, Row]], reasons: list[tuple[DataFormat, str, Any]]) -> Problem:
-    """A row that breaks the format which its columns point to is a bad row, not an unknown format."""
-    if not rows:
-        return Problem(str(config.path), "holds no rows", code=Exit.DATA)
-    for form, place, reason in reasons:
-        if not reason.startswith("has no "):
-            return Problem(place, f"{reason} (read as {form.name})", code=Exit.DATA)
-    for form, place, reason in reasons:
-        if reason.startswith("has no assistant"):
-            return Problem(place, f"{reason} (read as {form.name})", code=Exit.DATA)
+def _closest(rows: list[tuple[str, Row]], misfits: list[tuple[DataFormat, int, str]]) -> Problem:
+    """A row that breaks the format of the rows before it, or that its columns point to, is a bad row of that format."""
+    form, number, reason = max(misfits, key=lambda misfit: (misfit[1], not misfit[2].startswith(NO_COLUMN)))
+    if number or not reason.startswith(NO_COLUMN):
+        return row_problem(rows[number][0], reason, f" (read as {form.name})")
     place, row = rows[0]
-    columns = ", ".join(row)
-    return Problem(place, f"no known format has the columns {columns}", "name the format with data=NAME; `ftcore plugins data` lists them", Exit.DATA)
+    message = f"no known format has the columns {', '.join(row)}"
+    return Problem(
+        place, message, "rename them, or name the format with data=NAME; `ftcore plugins data` lists them", Exit.DATA
+    )

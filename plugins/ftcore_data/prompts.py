@@ -1,4 +1,4 @@
-"""Prompts without answers, for reinforcement learning: `prompt` as text or messages, or `question`; other columns go to the rewards."""
+"""Prompts without answers: `prompt` as text or messages, or `question`; other columns go to the rewards."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check(row: Row) -> str | None:
     column = next((c for c in COLUMNS if c in row), None)
     if column is None:
         has = ", ".join(row) or "none"
-        return f"{NO_COLUMN} '{COLUMNS[0]}' or '{COLUMNS[1]}' (it has {has})\neach row needs a prompt: rename the column that holds it"
+        return f"{NO_COLUMN} '{COLUMNS[0]}' or '{COLUMNS[1]}' (it has {has})\nrename the column that holds the prompt"
     if isinstance(row[column], list):
         return check_messages(row[column], column, answered=False)
     return not_text(row, column)

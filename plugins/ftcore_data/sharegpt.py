@@ -8,7 +8,14 @@ from typing import Any
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
 from ftcore_data._rows import Row, check_messages, missing, one_of, sample
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
 """Speaker names in the wild to roles."""
 TURN = '{"from": "human", "value": "..."}'
 
@@ -38,8 +45,8 @@ def check(row: Row) -> str | None:
     for number, turn in enumerate(turns if isinstance(turns, list) else (), 1):
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
             return f"turn {number} is not an object with 'from' and 'value'\na turn looks like {TURN}"
-        if turn["from"] not in ROLES:
-            return f"turn {number} has the unknown speaker '{turn['from']}'\n{one_of(turn['from'], ROLES)}"
+        if str(turn["from"]) not in ROLES:
+            return f"turn {number} has the unknown speaker {turn['from']!r}\n{one_of(turn['from'], ROLES)}"
     return check_messages(_messages(turns) if isinstance(turns, list) else turns, "conversations")
 
 

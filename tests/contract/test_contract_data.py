@@ -7,7 +7,11 @@ pytest_plugins = ["ftcore.testing"]
 
 class TestAlpaca(DataContract):
     plugin = "data/alpaca"
-    bad_rows = ({"instruction": "Say hello."}, {"instruction": "Say hello.", "output": 3}, {"instruction": None, "output": "Hi"})
+    bad_rows = (
+        {"instruction": "Say hello."},
+        {"instruction": "Say hello.", "output": 3},
+        {"instruction": None, "output": "Hi"},
+    )
 
 
 class TestAuto(DataContract):

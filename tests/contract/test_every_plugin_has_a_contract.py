@@ -9,7 +9,7 @@ from ftcore.testing import CONTRACTS, PluginContract
 
 
 def contracts() -> dict[str, set[str]]:
-    """`kind/name` to the base classes of the test classes that name it; read from the files, so that none is imported."""
+    """`kind/name` to the base classes of the test classes that name it; read from the files without importing them."""
     found: dict[str, set[str]] = {}
     for file in Path(__file__).parent.glob("test_contract_*.py"):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -25,12 +25,16 @@ def test_every_plugin_has_the_contract_of_its_kind() -> None:
     have = contracts()
     own = [option for kind in KINDS for option in installed().options(kind) if option.dist == "ftcore"]
     assert len(own) > 20
-    missing = [f"{o.kind}/{o.name}" for o in own if CONTRACTS[o.kind].__name__ not in have.get(f"{o.kind}/{o.name}", set())]
+    missing = [
+        f"{o.kind}/{o.name}" for o in own if CONTRACTS[o.kind].__name__ not in have.get(f"{o.kind}/{o.name}", set())
+    ]
     assert not missing, f"add a class to tests/contract/ for {', '.join(missing)}"
 
 
 def test_every_contract_is_of_an_installed_plugin() -> None:
-    unknown = [name for name in contracts() if name not in {f"{k}/{o.name}" for k in KINDS for o in installed().options(k)}]
+    unknown = [
+        name for name in contracts() if name not in {f"{k}/{o.name}" for k in KINDS for o in installed().options(k)}
+    ]
     assert not unknown, f"these are tested but not installed; run `pip install -e .`: {', '.join(unknown)}"
 
 

