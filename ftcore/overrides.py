@@ -41,6 +41,9 @@ def check_overrides(parsed: Sequence[Override], catalog: Catalog, recorded: bool
             problems += _check_group(override, root, recorded)
         elif root not in (*RUN_KEYS, "hydra"):
             problems.append(_unknown_key(override, key))
+        elif root in RUN_KEYS and key != root and not is_dataclass(default := getattr(RunConfig(), root)):
+            value = f"[{_value(override)}]" if isinstance(default, list) else _value(override)
+            problems.append(Problem(key, f"{root} has no keys of its own", f"write {root}={value}"))
     refuse(problems)
 
 

@@ -87,7 +87,12 @@ CONTRACTS: dict[str, type[PluginContract]] = {
 
 
 def pytest_configure() -> None:
-    """Without a GPU, Triton's kernels run in Triton's interpreter, which has to be chosen before Triton is imported."""
+    """Two choices that have to be made before torch and Triton are imported.
+
+    Without a GPU, Triton's kernels run in Triton's interpreter. And tiny models run on one thread: on several, most of
+    the time goes into handing the work over.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not Path("/proc/driver/nvidia/version").exists():
         os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -136,6 +136,9 @@ CASES = {
     "key-below-a-value": wrong(
         f"{SFT} trainer.learning_rate.x=1", CONFIG, "has no keys", "write trainer.learning_rate=1"
     ),
+    "key-below-a-list": wrong(
+        f"{SFT} plugins.a=nothing.py", CONFIG, "plugins.a: plugins has no keys", "plugins=[nothing.py]"
+    ),
     "key-with-a-slash": wrong(f"{SFT} foo/bar=1", CONFIG, "foo/bar: is no key of a run", "`ftcore --help`"),
     "key-given-up": wrong(f"{SFT} ~trainer.max_steps", CONFIG, "trainer.max_steps: cannot be deleted", "leave it out"),
     "key-of-a-name": wrong(f"{SFT} model.name=llama", CONFIG, "model.name", "write +model=llama"),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HEAD = '''"""A plugin with a mistake."""
 
 from __future__ import annotations
@@ -345,6 +347,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, set[s
             "-rA",
             "-p",
             "no:cacheprovider",
+            "-k",
+            "not triton",
             f"--rootdir={folder}",
             "test_mistakes.py",
         ],

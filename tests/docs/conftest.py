@@ -21,6 +21,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[st
     """Variables for the commands of the docs: offline, and with a fast `ftcore` on the PATH (see warm.py)."""
     variables = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "120", "FTCORE_DOCS_PYTHON": sys.executable}
     variables["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    variables["OMP_NUM_THREADS"] = "1"  # tiny models: threads cost more than they bring
     if os.environ.get("FTCORE_DOCS_COLD") or sys.platform == "win32":
         yield variables
         return

@@ -214,11 +214,10 @@ def test_a_shipped_name_is_not_shadowed(crowded: Environment, tmp_path: Path) ->
 
 
 def test_a_broken_package_breaks_only_the_run_that_selects_it(crowded: Environment, tmp_path: Path) -> None:
+    """It is listed, and named when it is asked for; the run of the test above went through beside it."""
     listed = crowded.ftcore("plugins")
     assert listed.returncode == 0
     assert "broken-ft 0.3" in listed.stdout
-    sound = crowded.ftcore("plan", "+model=qwen3", "model.tiny=true", "+export=[acme_zip]", cwd=tmp_path)
-    assert sound.returncode == 0, sound.stderr
     done = crowded.ftcore("plan", "+model=qwen3", "model.tiny=true", "+export=[broken]", cwd=tmp_path)
     assert done.returncode == 2
     assert (
