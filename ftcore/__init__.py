@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ftcore.api import export, load, run
-    from ftcore.compose import compose
+    from ftcore.composition import compose
     from ftcore.config import (
         AdapterConfig,
         DataConfig,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ftcore.api": ("export", "load", "run"),
-    "ftcore.compose": ("compose",),
+    "ftcore.composition": ("compose",),
     "ftcore.config": (
         "AdapterConfig",
         "DataConfig",
@@ -82,7 +82,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __version__ = "0.1.0"
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "AdapterConfig",
     "Artifact",
     "Bundle",

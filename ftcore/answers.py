@@ -41,7 +41,9 @@ def answer(
         **drawn,
     )
     with evaluating(model), torch.no_grad():
-        ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings)
+        ids = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
+        )
     said = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return str(said).strip()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from ftcore import pipeline
-from ftcore.compose import compose, typed
+from ftcore.composition import compose, typed
 from ftcore.config import RunConfig
 from ftcore.errors import Problem, Refused
 from ftcore.specs import Artifact, Loaded, RunResult
@@ -65,7 +65,7 @@ def export(
     assert loaded.plan.run.model is not None
     # Only the exporters and their settings come from the overrides; the rest is how the model was loaded.
     asked = typed(compose([f"+model={loaded.plan.run.model.name}", *overrides]))
-    config = replace(loaded.plan.run, export=asked.export, trainer=None, output_dir=str(output_dir))
+    config = replace(loaded.plan.run, export=asked.export, trainer=None, data=None, output_dir=str(output_dir))
     if not config.export:
         raise Refused(Problem("export", "no exporter is selected", "add +export=[safetensors]"))
     hooks, plan = pipeline.prepare(config, plugins)

@@ -11,6 +11,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+SHOWN = ("loss", "reward", "eval_loss")
+"""Metrics of the progress line."""
+
 
 class JsonlMetrics(TrainerCallback):
     """Appends one JSON object per log to a file. A value that is not finite is written as null, never as 0."""
@@ -19,7 +22,12 @@ class JsonlMetrics(TrainerCallback):
         self._path = path
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         """Write what the trainer logs."""
         if not state.is_world_process_zero or not logs:
@@ -37,7 +45,7 @@ class Progress(TrainerCallback):
         self._bar: Any = None
         self._task: Any = None
         self._start = 0.0
-        self._last: dict[str, Any] = {}
+        self._new: dict[str, Any] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start counting."""
@@ -45,25 +53,30 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            self._bar = Progress(
-                TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
-            )
+            text = TextColumn("{task.description}")
+            self._bar = Progress(TextColumn("train"), BarColumn(), MofNCompleteColumn(), text, TimeRemainingColumn())
             self._bar.start()
             self._task = self._bar.add_task("", total=state.max_steps)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
-        """Remember what was logged; show it."""
-        self._last |= logs or {}
+        """Show what was logged since the last line; what was measured before the first step stands in the result."""
         if not state.is_world_process_zero or state.global_step == 0:
             return
-        text = " ".join(f"{name} {self._last[name]:.4g}" for name in ("loss", "reward", "eval_loss") if name in self._last)
+        self._new |= logs or {}
+        text = " ".join(f"{name} {self._new[name]:.4g}" for name in SHOWN if name in self._new)
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, description=text)
-        elif "loss" in (logs or {}) and _due(state.global_step, state.max_steps):
+        elif "loss" in self._new and _due(state.global_step, state.max_steps):
             pace = (time.monotonic() - self._start) / state.global_step
             print(f"step {state.global_step}/{state.max_steps}  {text}  {pace:.2f} s/step", flush=True)
+            self._new.clear()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the terminal as it was."""

@@ -104,7 +104,9 @@ class Catalog:
         if not found:
             near = nearest(plain, self.names(kind))
             fix = f"did you mean {kind}={near}?" if near else f"`ftcore plugins` lists the options of {kind}"
-            raise Refused(Problem(kind, f"there is no {kind} named '{name}' (installed: {_some(self.names(kind))})", fix))
+            raise Refused(
+                Problem(kind, f"there is no {kind} named '{name}' (installed: {_some(self.names(kind))})", fix)
+            )
         if len(found) > 1:
             offers = ", ".join(option.origin for option in found)
             raise Refused(

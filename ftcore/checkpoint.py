@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftcore.config import ModelConfig
-from ftcore.errors import Exit, Problem
+from ftcore.errors import Exit, Problem, Refused
 from ftcore.paths import cache_dir, whole_folder
 from ftcore.specs import Bundle, ModelFamily
 
@@ -59,14 +60,20 @@ def problems(model: ModelConfig, family: ModelFamily) -> list[Problem]:
         known = ", ".join(family.shapes) or "none"
         return [Problem("model.shape", f"{model.name} declares no shape '{model.shape}'", f"its shapes: {known}")]
     source = find(model, family)
+    if source.kind == "hub" and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.id):
+        return [Problem("model.id", f"'{model.id}' is no hub id", "write owner/name, or set model.path for a folder")]
     if source.kind == "package" and importlib.util.find_spec("gguf") is None:
         return [Problem("model", f"{Path(source.name).name} needs the package gguf", "pip install 'ftcore[gguf]'")]
     if source.kind == "path" and not (Path(source.name) / "config.json").is_file():
-        what = "holds no config.json" if Path(source.name).is_dir() else "does not exist"
+        place = Path(source.name)
+        what = "holds no config.json" if place.is_dir() else "is a file" if place.is_file() else "does not exist"
         return [Problem("model.path", f"{source.name} {what}", "give a checkpoint folder", Exit.MISSING_INPUT)]
     if source.kind == "hub" and (problem := _hub_problem(model, family)):
         return [problem]
-    config = read_config(model, family)
+    try:
+        config = read_config(model, family)
+    except Refused as refused:
+        return list(refused.problems)
     found = config.get("model_type") if config else None
     if found and found not in family.model_types:
         return [
@@ -89,7 +96,14 @@ def read_config(model: ModelConfig, family: ModelFamily) -> dict[str, Any] | Non
         file = _cached_config(model)
     if file is None or not Path(file).is_file():
         return None
-    config: dict[str, Any] = json.loads(Path(file).read_text(encoding="utf-8"))
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise Refused(
+            Problem(str(file), f"is not JSON: {error}", "the checkpoint is damaged; get it again", Exit.DATA)
+        ) from error
+    if not isinstance(config, dict):
+        raise Refused(Problem(str(file), "holds no object", "the checkpoint is damaged; get it again", Exit.DATA))
     return config
 
 
@@ -111,9 +125,19 @@ def _hub_problem(model: ModelConfig, family: ModelFamily) -> Problem | None:
     try:
         hf_hub_download(model.id, "config.json", revision=model.revision, etag_timeout=5)
     except GatedRepoError:
-        return Problem("model.id", f"{model.id} asks for its licence to be accepted", "accept it on the hub, then `hf auth login`", Exit.MISSING_INPUT)
+        return Problem(
+            "model.id",
+            f"{model.id} asks for its licence to be accepted",
+            "accept it on the hub, then `hf auth login`",
+            Exit.MISSING_INPUT,
+        )
     except RepositoryNotFoundError:
-        return Problem("model.id", f"the hub has no model '{model.id}'", "check the id, or log in with `hf auth login`", Exit.MISSING_INPUT)
+        return Problem(
+            "model.id",
+            f"the hub has no model '{model.id}'",
+            "check the id, or log in with `hf auth login`",
+            Exit.MISSING_INPUT,
+        )
     except Exception as error:  # whatever the network does: name it and offer the way out
         if offer:
             message = f"the weights of {model.name} are not installed and {model.id} cannot be reached ({type(error).__name__})"
@@ -166,7 +190,11 @@ def _random_checkpoint(family: ModelFamily, shape: str) -> Path:
     target = cache_dir() / "random" / f"{family.model_types[0]}-{shape}-{key}"
     if not (target / "config.json").is_file():
         tokenizer = byte_tokenizer(family.chat_template)
-        config.pad_token_id, config.eos_token_id, config.bos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id, None
+        config.pad_token_id, config.eos_token_id, config.bos_token_id = (
+            tokenizer.pad_token_id,
+            tokenizer.eos_token_id,
+            None,
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = getattr(transformers, family.auto_class).from_config(config)

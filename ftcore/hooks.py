@@ -140,9 +140,7 @@ def ftcore_load_dataset(plan: Plan) -> DatasetDict | None:
 
 
 @first
-def ftcore_format_dataset(
-    plan: Plan, dataset: DatasetDict, tokenizer: PreTrainedTokenizerBase
-) -> DatasetDict | None:
+def ftcore_format_dataset(plan: Plan, dataset: DatasetDict, tokenizer: PreTrainedTokenizerBase) -> DatasetDict | None:
     """Convert raw rows to the format's shape, and tokenize and mask them if the trainer takes tokens. Answered by core."""
 
 
@@ -167,9 +165,7 @@ def ftcore_callbacks(plan: Plan) -> Sequence[TrainerCallback]:
 
 
 @first
-def ftcore_make_generator(
-    plan: Plan, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
-) -> Generator | None:
+def ftcore_make_generator(plan: Plan, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Generator | None:
     """Make the generator that writes completions for reinforcement learning. Answered by generator plugins."""
 
 

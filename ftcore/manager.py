@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -40,7 +41,7 @@ class _Manager(pluggy.PluginManager):
         opts = super().parse_hookimpl_opts(plugin, name)
         if opts is None and inspect.isfunction(function := getattr(plugin, name)):
             raise PluginError(
-                f"{function.__module__}.{name} is named like a hook but is not marked as one\n"
+                f"{name} in {Path(function.__code__.co_filename).name} is named like a hook but is not marked as one\n"
                 "    fix: put @ftcore.hookimpl above it"
             )
         return opts
@@ -176,19 +177,33 @@ def import_plugin(text: str, key: str) -> ModuleType:
             return importlib.import_module(text)
         path = Path(text).expanduser().resolve()
         if not path.is_file():
-            raise Refused(Problem(key, f"there is no file {text}", "paths are relative to where you run ftcore", Exit.MISSING_INPUT))
-        # A name of its own: two files called hooks.py in different folders must not be one module.
-        name = f"ftcore_user_{path.stem}_{abs(hash(str(path))):x}"
+            raise Refused(
+                Problem(
+                    key, f"there is no file {text}", "paths are relative to where you run ftcore", Exit.MISSING_INPUT
+                )
+            )
+        # A name of its own: two files called hooks.py in different folders must not be one module, nor must an edited file
+        # be its old self in a notebook; the same file named twice is run once.
+        stamp = f"{path}:{path.stat().st_mtime_ns}"
+        name = f"ftcore_user_{path.stem}_{hashlib.sha256(stamp.encode()).hexdigest()[:8]}"
+        if name in sys.modules:
+            return sys.modules[name]
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses and spawned workers look their module up by name
-        spec.loader.exec_module(module)
+        sys.modules[name] = module  # dataclasses look their module up by name
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
         return module
     except FtcoreError:
         raise
     except Exception as error:
-        raise PluginError(f"{key}=[{text}] cannot be imported: {type(error).__name__}: {error}") from error
+        raise PluginError(
+            f"{key}=[{text}] cannot be imported: {type(error).__name__}: {error}\n    fix: mend {text}; python {text} shows where"
+        ) from error
 
 
 def import_function(text: str, key: str) -> Callable[..., Any]:
@@ -203,7 +218,9 @@ def import_function(text: str, key: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         near = nearest(name, [n for n, v in vars(module).items() if inspect.isfunction(v)])
-        raise Refused(Problem(key, f"{source} has no function '{name}'", f"did you mean {source}:{near}?" if near else ""))
+        raise Refused(
+            Problem(key, f"{source} has no function '{name}'", f"did you mean {source}:{near}?" if near else "")
+        )
     return function  # type: ignore[no-any-return]
 
 

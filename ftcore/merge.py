@@ -18,9 +18,7 @@ QUANTIZED = ("Linear4bit", "Linear8bitLt")
 """bitsandbytes' layers, whose weights are unpacked for a merged model."""
 
 
-def write_merged(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str = "auto"
-) -> Path:
+def write_merged(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str = "auto") -> Path:
     """Write the merged model as a transformers checkpoint folder; the model itself is not changed.
 
     `dtype` is `float16`, `bfloat16`, `float32`, or `auto`: the model's own if it has 16 bits; else float16, whose 10 bits of
@@ -36,7 +34,9 @@ def write_merged(
     config.dtype, config.use_cache = target, True
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    tied = {name for name in getattr(base, "_tied_weights_keys", None) or () if config.get_text_config().tie_word_embeddings}
+    tied = {
+        name for name in getattr(base, "_tied_weights_keys", None) or () if config.get_text_config().tie_word_embeddings
+    }
     state = {n: w.to(target).cpu().contiguous() for n, w in weights.items() if n not in tied}
     with whole_folder(folder) as work:
         config.save_pretrained(work)
@@ -80,7 +80,13 @@ def _merged_module(path: str, module: Any) -> dict[str, torch.Tensor]:
     layer = module.get_base_layer()
     if type(layer).__name__ in QUANTIZED:
         if any(getattr(module, "use_dora", {}).values()):
-            raise Refused(Problem("export", f"DoRA over quantized weights cannot be merged exactly ({path})", "export the adapter, or train over 16-bit weights"))
+            raise Refused(
+                Problem(
+                    "export",
+                    f"DoRA over quantized weights cannot be merged exactly ({path})",
+                    "export the adapter, or train over 16-bit weights",
+                )
+            )
         delta = sum(module.get_delta_weight(name) for name in module.active_adapters)
         return _with_bias({"weight": _unpacked(layer) + delta.float()}, layer)
     # One layer at a time in float32, merged by PEFT itself, so that every variant (rsLoRA, DoRA, ...) is exact.

@@ -75,7 +75,9 @@ def resolve(
     ]
     for role in chosen:
         if not any(site.role is role for site in sites):
-            skipped.append(Skip(role=role.name, module=role.module, reason=f"no module of class {role.module} in the model"))
+            skipped.append(
+                Skip(role=role.name, module=role.module, reason=f"no module of class {role.module} in the model")
+            )
     return _without_inner(sites, skipped), skipped
 
 
@@ -115,7 +117,9 @@ def _without_inner(sites: list[_Site], skipped: list[Skip]) -> list[_Site]:
         else:
             kept.append(site)
     for role in dropped:
-        skipped.append(Skip(role=role.name, module=role.module, reason="inside a layer that a whole-layer kernel took over"))
+        skipped.append(
+            Skip(role=role.name, module=role.module, reason="inside a layer that a whole-layer kernel took over")
+        )
     return kept
 
 

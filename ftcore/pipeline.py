@@ -61,7 +61,9 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
     watch = Stopwatch()
     hooks, plan = prepare(config, plugins)
     if plan.trainer is None:
-        raise Refused(Problem("trainer", "no trainer is selected", "add +trainer=NAME; `ftcore plugins trainer` lists them"))
+        raise Refused(
+            Problem("trainer", "no trainer is selected", "add +trainer=NAME; `ftcore plugins trainer` lists them")
+        )
     with RunFolder(plan) as folder:
         loaded = load(hooks, plan)
         model, tokenizer = loaded.model, loaded.tokenizer

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from ftcore import report
-from ftcore.compose import record
+from ftcore.composition import record
 from ftcore.paths import whole_folder
 from ftcore.specs import Loaded, PatchReport, Plan, RunResult, TrainReport
 
@@ -61,7 +61,9 @@ class RunFolder:
         report.note(f"run folder: {self._path}")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self._state |= {"status": "failed", "error": f"{kind.__name__}: {error}"}
             self._write()
@@ -108,7 +110,7 @@ class RunFolder:
 def show_result(result: RunResult) -> None:
     """The outcome as a person reads it."""
     report.heading("Result")
-    shown = ("loss_first", "loss_last", "eval_loss_before", "eval_loss", "reward", "train_seconds")
+    shown = ("loss_first", "loss_last", "eval_loss_before", "eval_loss", "reward_first", "reward_last", "train_seconds")
     report.table((name, f"{result.metrics[name]:.4g}") for name in shown if name in result.metrics)
     for answer in result.answers:
         report.heading(f"Prompt: {answer.prompt}")

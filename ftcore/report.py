@@ -44,7 +44,9 @@ def table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> None:
     lines = [list(header)] * bool(header) + cells
     widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines), default=0))]
     for line in lines:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip(), flush=True)
+        print(
+            "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=False)).rstrip(), flush=True
+        )
 
 
 def paragraph(text: str, indent: str = "    ") -> None:

@@ -35,7 +35,9 @@ def tokenize_row(
         ids = tokenizer(row["text"])["input_ids"]
         ids, labels = _with_end(tokenizer, ids, list(ids))
     else:
-        raise LookupError(f"rows of shape '{shape}' cannot be tokenized here; trainers that take it tokenize it themselves")
+        raise LookupError(
+            f"rows of shape '{shape}' cannot be tokenized here; trainers that take it tokenize it themselves"
+        )
     return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
@@ -52,9 +54,7 @@ def render(
                 Exit.DATA,
             )
         )
-    text = tokenizer.apply_chat_template(
-        list(messages), tools=tools, tokenize=False, add_generation_prompt=generate
-    )
+    text = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=generate)
     assert isinstance(text, str)
     return text
 

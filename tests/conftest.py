@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-# Triton chooses its interpreter when it is imported, and other tests' libraries import it: choose before all of them.
-if not Path("/dev/nvidiactl").exists():
-    os.environ["TRITON_INTERPRET"] = "1"
+pytest_plugins = ["ftcore.testing"]  # Triton's interpreter where there is no GPU, chosen before anything imports Triton
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -17,7 +17,9 @@ def main() -> None:
             files.append((text.count("\n"), str(file.relative_to(ROOT))))
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                    functions.append(((node.end_lineno or 0) - node.lineno + 1, f"{file.relative_to(ROOT)}:{node.name}"))
+                    functions.append(
+                        ((node.end_lineno or 0) - node.lineno + 1, f"{file.relative_to(ROOT)}:{node.name}")
+                    )
     for length, name in sorted(files, reverse=True)[:5] + sorted(functions, reverse=True)[:5]:
         print(f"  {length:4} {name}")
 

@@ -46,12 +46,22 @@ def _read(path: str, split: str, streaming: bool) -> Dataset | IterableDataset:
     if files is None:
         try:
             return load_dataset(path, split=split, streaming=streaming)
-        except Exception as error:  # the hub's and the network's errors are many; all mean that the rows are not to be had
+        except (
+            Exception
+        ) as error:  # the hub's and the network's errors are many; all mean that the rows are not to be had
             message = f"the data set {path} cannot be loaded ({type(error).__name__})"
-            raise Refused(Problem("data.path", message, "give a local file, or check the hub id and data.split", Exit.MISSING_INPUT)) from error
+            raise Refused(
+                Problem(
+                    "data.path", message, "give a local file, or check the hub id and data.split", Exit.MISSING_INPUT
+                )
+            ) from error
     loaders = {LOADERS[file.suffix] for file in files}
     if len(loaders) > 1:
-        raise Refused(Problem("data.path", f"{path} mixes kinds of files: {', '.join(sorted(loaders))}", "name one file", Exit.DATA))
+        raise Refused(
+            Problem(
+                "data.path", f"{path} mixes kinds of files: {', '.join(sorted(loaders))}", "name one file", Exit.DATA
+            )
+        )
     names = [str(Path(file)) for file in files]
     options = {"delimiter": "\t"} if files[0].suffix == ".tsv" else {}
     return load_dataset(loaders.pop(), data_files=names, split="train", streaming=streaming, **options)
@@ -80,7 +90,9 @@ def ftcore_format_dataset(plan: Plan, dataset: DatasetDict, tokenizer: PreTraine
     return DatasetDict(formatted)
 
 
-def _tokenize(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, shape: str, max_length: int) -> dict[str, list[int]]:
+def _tokenize(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, shape: str, max_length: int
+) -> dict[str, list[int]]:
     return tokenize_row(tokenizer, row, shape, max_length)
 
 

@@ -27,7 +27,9 @@ class PlanMaker:
         """Describe the selected model, data and trainer, and collect what the kernel sets offer."""
         hooks = self._hooks
         if config.model is None:
-            raise Refused(Problem("model", "no model is selected", "add +model=NAME; `ftcore plugins model` lists them"))
+            raise Refused(
+                Problem("model", "no model is selected", "add +model=NAME; `ftcore plugins model` lists them")
+            )
         family = hooks.first(specs.ftcore_model_family, config=config.model)
         return Plan(
             run=config,
@@ -45,4 +47,6 @@ def _output_dir(config: RunConfig) -> Path:
     if config.output_dir:
         return Path(config.output_dir)
     assert config.model is not None
-    return new_run_dir("-".join(filter(None, (config.model.name, config.trainer.name if config.trainer else ""))))
+    names = [config.model.name, config.trainer.name if config.trainer else ""]
+    # `dist:name` tells two packages apart, but Windows takes no colon in a file name.
+    return new_run_dir("-".join(name.rpartition(":")[2] for name in names if name))

@@ -39,13 +39,20 @@ def ftcore_train(plan: Plan, trainer: Trainer) -> TrainReport:
         folder = plan.output_dir / "checkpoints"
         resume = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         if resume is None:
-            raise Refused(Problem("resume", f"{folder} holds no checkpoint", "leave resume out, or set output_dir", Exit.MISSING_INPUT))
+            raise Refused(
+                Problem(
+                    "resume", f"{folder} holds no checkpoint", "leave resume out, or set output_dir", Exit.MISSING_INPUT
+                )
+            )
     elif trainer.eval_dataset is not None:
         metrics |= {f"{name}_before": value for name, value in trainer.evaluate().items() if name == "eval_loss"}
     output = trainer.train(resume_from_checkpoint=resume)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if losses:
         metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    if rewards:
+        metrics |= {"reward_first": rewards[0], "reward_last": rewards[-1]}
     metrics |= {"train_loss": output.training_loss, "train_seconds": output.metrics.get("train_runtime", 0.0)}
     return TrainReport(steps=trainer.state.global_step, metrics=metrics, history=trainer.state.log_history)
 

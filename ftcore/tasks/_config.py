@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ftcore.compose import compose, typed
+from ftcore.composition import compose, typed
 from ftcore.config import RunConfig
 from ftcore.errors import Problem, Refused
 

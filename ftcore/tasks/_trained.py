@@ -28,11 +28,15 @@ def trained_config(config: RunConfig) -> RunConfig:
     if (folder / "config.json").is_file():
         model = replace(config.model, path=str(folder), tiny=False, shape=None)
         return replace(config, model=model)
-    raise Refused(Problem("run", f"{config.run} holds no trained model", "it may have failed: `ftcore runs` shows", Exit.MISSING_INPUT))
+    raise Refused(
+        Problem(
+            "run", f"{config.run} holds no trained model", "it may have failed: `ftcore runs` shows", Exit.MISSING_INPUT
+        )
+    )
 
 
 def load_trained(config: RunConfig) -> Loaded:
     """Load what `run` trained, or the plain model when no run is named."""
-    config = replace(trained_config(config), trainer=None, extra={}, reward={}, rewards=[])
+    config = replace(trained_config(config), trainer=None, data=None, extra={}, reward={}, rewards=[])
     hooks, plan = pipeline.prepare(config)
     return pipeline.load(hooks, plan)

@@ -16,9 +16,15 @@ def main(argv: list[str]) -> int:
     config = config_of(argv)
     need_run(config, "export", "ftcore export run=runs/smollm2-sft-001 '+export=[safetensors]'")
     if not config.export:
-        raise Refused(Problem("export", "no exporter is selected", "add '+export=[safetensors]'; `ftcore plugins export` lists them"))
+        raise Refused(
+            Problem(
+                "export", "no exporter is selected", "add '+export=[safetensors]'; `ftcore plugins export` lists them"
+            )
+        )
     target = config.output_dir if any(w.startswith("output_dir=") for w in argv) else config.run
-    config = replace(trained_config(config), trainer=None, extra={}, reward={}, rewards=[], output_dir=target)
+    config = replace(
+        trained_config(config), trainer=None, data=None, extra={}, reward={}, rewards=[], output_dir=target
+    )
     hooks, plan = pipeline.prepare(config)
     artifacts = pipeline.export(hooks, pipeline.load(hooks, plan))
     heading("Written")

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 EXAMPLES = (
-    ("ftcore +model=smollm2 +trainer=sft '+export=[safetensors]'", "fine-tune SmolLM2 with LoRA on the shipped rows, and merge"),
-    ("ftcore plan +model=qwen3 +trainer=sft data.path=rows.jsonl", "see what would run, and every problem, before it does"),
+    (
+        "ftcore +model=smollm2 +trainer=sft '+export=[safetensors]'",
+        "fine-tune SmolLM2 with LoRA on the shipped rows, and merge",
+    ),
+    (
+        "ftcore plan +model=qwen3 +trainer=sft data.path=rows.jsonl",
+        "see what would run, and every problem, before it does",
+    ),
     ("ftcore +model=qwen3 model.tiny=true +trainer=grpo", "GRPO on a tiny random model: nothing is downloaded"),
 )
 
@@ -30,6 +36,10 @@ def show_help(tasks: Mapping[str, str]) -> None:
         form = f"{kind}=[...]" if kind in MANY else f"{kind}=..."
         rows.append((form if kind in DEFAULTED else f"+{form}", ", ".join(catalog.names(kind)) or "none installed"))
     table(rows)
-    note("\n`+` selects a kind that has no default; without `+` a default is replaced. Other keys: trainer.max_steps=50,")
-    note("data.path=rows.jsonl, memory=least, output_dir=my-run; `ftcore plugins trainer/sft` lists the keys of an option.")
+    note(
+        "\n`+` selects a kind that has no default; without `+` a default is replaced. Other keys: trainer.max_steps=50,"
+    )
+    note(
+        "data.path=rows.jsonl, memory=least, output_dir=my-run; `ftcore plugins trainer/sft` lists the keys of an option."
+    )
     note("Sweeps: ftcore -m ... trainer.learning_rate=1e-4,1e-3")

@@ -23,7 +23,13 @@ def main(argv: list[str]) -> int:
     kind, _, name = (arguments.what or "").partition("/")
     if kind and kind not in KINDS:
         near = nearest(kind, KINDS)
-        raise Refused(Problem(kind, "is no kind of plugin", f"did you mean {near}?" if near else f"kinds: {', '.join(KINDS)}"))
+        raise Refused(
+            Problem(kind, "is no kind of plugin", f"did you mean {near}?" if near else f"kinds: {', '.join(KINDS)}")
+        )
+    if name and name.rpartition(":")[2] not in installed().names(kind):
+        near = nearest(name, installed().names(kind))
+        fix = f"did you mean {kind}/{near}?" if near else f"`ftcore plugins {kind}` lists them"
+        raise Refused(Problem(f"{kind}/{name}", f"there is no {kind} named '{name}'", fix))
     if name:
         _describe(installed().find(kind, name))
     else:
@@ -33,7 +39,10 @@ def main(argv: list[str]) -> int:
 
 def _list(kinds: list[str]) -> None:
     options = [option for kind in kinds for option in installed().options(kind)]
-    table(((o.kind, o.name, f"{o.dist} {o.version}", o.summary()) for o in options), header=("kind", "name", "package", "what it is"))
+    table(
+        ((o.kind, o.name, f"{o.dist} {o.version}", o.summary()) for o in options),
+        header=("kind", "name", "package", "what it is"),
+    )
 
 
 def _describe(option: Option) -> None:
@@ -43,7 +52,11 @@ def _describe(option: Option) -> None:
     cls = option.config_class()
     helps = field_help(cls)
     heading("Keys")
-    prefix = option.kind if option.kind in ("model", "quantizer", "adapter", "data", "trainer", "generator") else f"{option.kind}.{option.name}"
+    prefix = (
+        option.kind
+        if option.kind in ("model", "quantizer", "adapter", "data", "trainer", "generator")
+        else f"{option.kind}.{option.name}"
+    )
     table((f"{prefix}.{f.name}", _type(f), _default(f), helps[f.name]) for f in fields(cls) if f.name != "name")
     heading("Hooks")
     table((name,) for name in _hooks(option))
@@ -53,7 +66,9 @@ def _describe(option: Option) -> None:
 
 
 def _hooks(option: Option) -> list[str]:
-    return [name for name in vars(option.load()) if name.startswith("ftcore_") and callable(getattr(option.load(), name))]
+    return [
+        name for name in vars(option.load()) if name.startswith("ftcore_") and callable(getattr(option.load(), name))
+    ]
 
 
 def _type(field: Field[object]) -> str:
@@ -62,7 +77,13 @@ def _type(field: Field[object]) -> str:
 
 
 def _default(field: Field[object]) -> str:
-    value = field.default if field.default is not MISSING else field.default_factory() if field.default_factory is not MISSING else None
+    value = (
+        field.default
+        if field.default is not MISSING
+        else field.default_factory()
+        if field.default_factory is not MISSING
+        else None
+    )
     return str(getattr(value, "value", value))
 
 

@@ -58,7 +58,12 @@ def show_row(number: int, row: dict[str, Any], tokenizer: Any) -> None:
             text.append(piece, style="bold green" if is_trained else "dim")
         Console().print(text, soft_wrap=True)
     else:
-        note("".join(f"{MARK[0]}{piece}{MARK[1]}" if is_trained else piece for piece, is_trained in pieces(ids, labels, tokenizer)))
+        note(
+            "".join(
+                f"{MARK[0]}{piece}{MARK[1]}" if is_trained else piece
+                for piece, is_trained in pieces(ids, labels, tokenizer)
+            )
+        )
 
 
 def pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Iterator[tuple[str, bool]]:

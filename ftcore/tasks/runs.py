@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ftcore.errors import Exit, Problem, Refused
 from ftcore.record import RUN_FILE, read_run
 from ftcore.report import note, table
 
@@ -16,11 +17,15 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("ftcore runs", description="List the runs, newest first.")
     parser.add_argument("folder", nargs="?", default="runs", help="folder that holds the runs (runs)")
     folder = Path(parser.parse_args(argv).folder)
+    if not folder.is_dir() and folder != Path("runs"):
+        raise Refused(Problem("runs", f"there is no folder {folder}", code=Exit.MISSING_INPUT))
     found = sorted(_found(folder), key=lambda pair: str(pair[1].get("started")), reverse=True)
     if not found:
         note(f"no runs under {folder}/")
         return 0
-    table((_line(path, state) for path, state in found), header=("run", "status", "steps", "loss", "eval loss", "started"))
+    table(
+        (_line(path, state) for path, state in found), header=("run", "status", "steps", "loss", "eval loss", "started")
+    )
     return 0
 
 
@@ -32,7 +37,14 @@ def _found(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 def _line(path: Path, state: dict[str, Any]) -> tuple[object, ...]:
     metrics = state.get("metrics", {})
-    return (path, state["status"], state.get("steps", "-"), _number(metrics.get("loss_last")), _number(metrics.get("eval_loss")), state["started"])
+    return (
+        path,
+        state["status"],
+        state.get("steps", "-"),
+        _number(metrics.get("loss_last")),
+        _number(metrics.get("eval_loss")),
+        state["started"],
+    )
 
 
 def _number(value: float | None) -> str:

@@ -23,7 +23,13 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
     """Quantized weights have no gradients."""
     assert plan.run.model is not None
     if plan.run.quantizer:
-        return [Problem("adapter", f"full fine-tuning cannot train {plan.run.quantizer.name} weights", "use adapter=lora, or leave the quantizer out")]
+        return [
+            Problem(
+                "adapter",
+                f"full fine-tuning cannot train {plan.run.quantizer.name} weights",
+                "use adapter=lora, or leave the quantizer out",
+            )
+        ]
     if not plan.run.model.tiny and (read_config(plan.run.model, plan.family) or {}).get("quantization_config"):
         return [Problem("adapter", "the checkpoint is quantized and cannot be trained in full", "use adapter=lora")]
     return []

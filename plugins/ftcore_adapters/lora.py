@@ -68,9 +68,19 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
         found.append(Problem("adapter.path", message, "give the folder of a saved adapter", Exit.MISSING_INPUT))
     known = plan.family.lora_targets
     if strange := [t for t in config.targets if t not in known]:
-        found.append(Problem("adapter.targets", f"the family has no linear layer '{strange[0]}'", f"its layers: {', '.join(known)}"))
+        found.append(
+            Problem(
+                "adapter.targets", f"the family has no linear layer '{strange[0]}'", f"its layers: {', '.join(known)}"
+            )
+        )
     if config.init in (Init.pissa, Init.olora) and plan.run.quantizer:
-        found.append(Problem("adapter.init", f"`{config.init.value}` needs 16-bit weights", "use adapter.init=default with a quantizer"))
+        found.append(
+            Problem(
+                "adapter.init",
+                f"`{config.init.value}` needs 16-bit weights",
+                "use adapter.init=default with a quantizer",
+            )
+        )
     return found
 
 

@@ -8,7 +8,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ftcore.report import note
 
-SETTINGS = ("learning_rate", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+SETTINGS = (
+    "learning_rate",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+)
 """What a tracker is told of the config: numbers only, so that nothing secret can be among them."""
 
 
@@ -39,7 +46,12 @@ class Tracker(TrainerCallback):
         self._try("start", {name: getattr(args, name) for name in SETTINGS})
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         """Send the numbers of a log."""
         values = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, (int, float))}

@@ -63,7 +63,11 @@ class TransformersGenerator:
         tokens = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=self._model.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._model.device)
         settings = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True, **_drawing(sampling)
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=pad,
+            use_cache=True,
+            **_drawing(sampling),
         )
         with torch.no_grad():
             out = self._model.generate(input_ids=tokens, attention_mask=mask, generation_config=settings)
@@ -74,7 +78,12 @@ class TransformersGenerator:
 def _drawing(sampling: Sampling) -> dict[str, Any]:
     if sampling.temperature == 0:
         return {"do_sample": False}
-    options: dict[str, Any] = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    options: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+    }
     if sampling.min_p:
         options["min_p"] = sampling.min_p
     return options | {"repetition_penalty": sampling.repetition_penalty}

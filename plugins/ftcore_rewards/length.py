@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ftcore import Plan, RewardConfig, hookimpl
+from ftcore import Plan, Problem, RewardConfig, hookimpl
 from ftcore.specs import Reward
 
 
@@ -16,6 +16,15 @@ class Config(RewardConfig):
 
     target: int = 40
     """Wanted length of a completion, in characters."""
+
+
+@hookimpl
+def ftcore_check_plan(plan: Plan) -> list[Problem]:
+    """A target that completions can be near to."""
+    target = plan.config(Config).target
+    return (
+        [] if target > 0 else [Problem("reward.length.target", f"is {target}", "give a number of characters above 0")]
+    )
 
 
 @hookimpl

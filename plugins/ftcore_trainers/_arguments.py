@@ -18,6 +18,8 @@ OWNED = frozenset(
         "gradient_accumulation_steps",
         "gradient_checkpointing",
         "gradient_checkpointing_kwargs",
+        "activation_checkpointing",
+        "activation_checkpointing_kwargs",
         "activation_offloading",
         "bf16",
         "fp16",
@@ -37,6 +39,7 @@ OWNED = frozenset(
         "logging_steps",
         "report_to",
         "disable_tqdm",
+        "metric_for_best_model",
         "use_liger_kernel",
         "max_length",
         "packing",
@@ -65,7 +68,10 @@ def shared(plan: Plan, has_eval: bool) -> dict[str, Any]:
         "use_cpu": plan.device.kind == "cpu",
         "optim": trainer.optimizer.value,
         "weight_decay": trainer.weight_decay,
-        "warmup_steps": trainer.warmup,
+        # A part of few steps rounds down: a run of one step would otherwise be all warm-up, at a rate of 0.
+        "warmup_steps": int(trainer.warmup * steps)
+        if trainer.warmup < 1 and (steps := trainer.max_steps) > 0
+        else trainer.warmup,
         "lr_scheduler_type": trainer.schedule,
         "max_grad_norm": trainer.max_grad_norm,
         "seed": trainer.seed,
@@ -74,6 +80,7 @@ def shared(plan: Plan, has_eval: bool) -> dict[str, Any]:
         "eval_steps": trainer.eval_steps or None,
         "save_strategy": "steps" if trainer.save_steps else "no",
         "save_steps": trainer.save_steps or 500,
+        "metric_for_best_model": "eval_loss" if trainer.early_stopping else None,
         "logging_strategy": "steps",
         "logging_steps": trainer.logging_steps,
         "report_to": "none",

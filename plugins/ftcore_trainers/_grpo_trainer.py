@@ -20,7 +20,12 @@ class GeneratorGRPOTrainer(GRPOTrainer):
         self.add_callback(_WeightsChanged(generator))
 
     def _generate_single_turn(
-        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, has_tool_images: bool = False
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: Any,
+        num_generations: int,
+        has_tool_images: bool = False,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         if images:
             raise NotImplementedError("the generator completes text prompts only")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftcore import Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
+from ftcore.catalog import nearest
 from ftcore_trainers._arguments import OWNED
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 SELECTS = {"data": "prompts"}
 SAMPLE_REWARD = "length"
 """Reward for the shipped sample rows, where the user names none."""
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
 @dataclass
@@ -35,13 +38,22 @@ class Config(TrainerConfig):
     beta: float = 0.0
     """Coefficient of the KL divergence from the reference model; 0 needs no reference model."""
     loss_type: str = "dapo"
-    """`grpo`, `bnpo`, `dr_grpo`, `dapo` and others, by TRL's name."""
+    """`grpo`, `bnpo`, `dr_grpo`, `dapo`, or another of TRL's names."""
 
 
 @hookimpl
 def ftcore_trainer_spec(config: Config) -> TrainerSpec:
     """Takes prompts and rewards; the reference model is the base with the adapter off."""
-    own = {"num_generations", "max_completion_length", "temperature", "top_p", "beta", "loss_type", "use_vllm", "generation_kwargs"}
+    own = {
+        "num_generations",
+        "max_completion_length",
+        "temperature",
+        "top_p",
+        "beta",
+        "loss_type",
+        "use_vllm",
+        "generation_kwargs",
+    }
     return TrainerSpec(
         accepts=frozenset({Shape.PROMPTS}),
         wants_rewards=True,
@@ -57,10 +69,20 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
     config = plan.config(Config)
     found = []
     if config.num_generations < 2:
-        found.append(Problem("trainer.num_generations", f"is {config.num_generations}", "a group needs at least 2 completions"))
+        found.append(
+            Problem("trainer.num_generations", f"is {config.num_generations}", "a group needs at least 2 completions")
+        )
     elif config.global_batch % config.num_generations:
         message = f"{config.global_batch} is no multiple of trainer.num_generations={config.num_generations}"
         found.append(Problem("trainer.global_batch", message, f"use trainer.global_batch={config.num_generations * 2}"))
+    if config.max_completion_length < 1:
+        found.append(
+            Problem("trainer.max_completion_length", f"is {config.max_completion_length}", "give a number above 0")
+        )
+    if config.loss_type not in LOSS_TYPES:
+        near = nearest(config.loss_type, LOSS_TYPES)
+        fix = f"did you mean trainer.loss_type={near}?" if near else f"use one of {', '.join(LOSS_TYPES)}"
+        found.append(Problem("trainer.loss_type", f"'{config.loss_type}' is no loss type", fix))
     if config.temperature <= 0:
         found.append(Problem("trainer.temperature", f"is {config.temperature}", "sampling needs a temperature above 0"))
     if config.packing:

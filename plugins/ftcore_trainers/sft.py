@@ -18,7 +18,7 @@ class Config(TrainerConfig):
 
     learning_rate: float = 1e-3
     """Peak learning rate; LoRA takes about ten times what full fine-tuning takes."""
-    epochs: float = 3.0
+    epochs: float = 2.0
     """Passes over the rows."""
 
 

@@ -13,9 +13,9 @@ import pytest
 
 import ftcore
 from ftcore.catalog import installed
+from ftcore.cli import TASKS, split_task
 from ftcore.config import KINDS
 from ftcore.errors import Refused
-from ftcore.cli import TASKS, split_task
 
 TINY = ("+model=qwen3", "model.tiny=true")
 
@@ -87,7 +87,9 @@ def test_plan_shows_everything_and_writes_nothing(ftcore_cli, in_tmp: Path) -> N
 def test_preview_marks_what_is_trained(ftcore_cli) -> None:
     done = ftcore_cli("preview", *TINY, "+trainer=sft", "data=alpaca", "preview.rows=1")
     assert done.returncode == 0, done.stderr
-    first = json.loads((Path(installed().find("data", "alpaca").source()).parent / "samples/alpaca.jsonl").open().readline())
+    first = json.loads(
+        (Path(installed().find("data", "alpaca").source()).parent / "samples/alpaca.jsonl").open().readline()
+    )
     assert f"[[{first['output']}<|im_end|>]]" in done.stdout
     assert "24 rows" in done.stdout
     prompts = ftcore_cli("preview", *TINY, "+trainer=grpo", "preview.rows=1")

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from ftcore import catalog, cli
-from ftcore.compose import compose
+from ftcore.composition import compose
 from ftcore.config import RunConfig
 from ftcore.errors import Exit, FtcoreError
 
@@ -425,7 +425,10 @@ CASES = {
         f"{SFT} plugins=[import.py]", CONFIG, "plugins=[import.py]", "No module named 'no_such_module'"
     ),
     "hook-unmarked": wrong(
-        f"{SFT} plugins=[unmarked.py]", CONFIG, "ftcore_rewards is named like a hook", "put @ftcore.hookimpl"
+        f"{SFT} plugins=[unmarked.py]",
+        CONFIG,
+        "ftcore_rewards in unmarked.py is named like a hook",
+        "put @ftcore.hookimpl",
     ),
     "hook-unknown": wrong(
         f"{SFT} plugins=[unknown.py]", CONFIG, "unknown hook ftcore_reward", "did you mean ftcore_rewards?"
@@ -463,7 +466,7 @@ CASES = {
     "flag-of-a-plan": wrong(f"plan {SFT} --verbose", CONFIG, "--verbose: is no option", "key=value"),
     "flag-without-folder": wrong(f"{SFT} --config-dir", CONFIG, "--config-dir: needs a folder", "--config-dir my_conf"),
     "plugins-kind": wrong("plugins modle", CONFIG, "modle: is no kind", "did you mean model?"),
-    "plugins-name": wrong("plugins model/qwen33", CONFIG, "'qwen33'", "did you mean model=qwen3?"),
+    "plugins-name": wrong("plugins model/qwen33", CONFIG, "'qwen33'", "did you mean model/qwen3?"),
     "export-without-run": wrong("export +export=[safetensors]", CONFIG, "run: `ftcore export` works on", "run=runs/"),
     # Recipes, and runs that are recorded.
     "recipe": wrong(

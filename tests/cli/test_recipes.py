@@ -8,7 +8,7 @@ import pytest
 
 import ftcore_conf
 from ftcore import pipeline
-from ftcore.compose import compose, typed
+from ftcore.composition import compose, typed
 
 CONF = Path(ftcore_conf.__file__).parent
 RECIPES = sorted(file.stem for file in (CONF / "recipe").glob("*.yaml"))

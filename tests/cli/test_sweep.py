@@ -8,8 +8,19 @@ from types import ModuleType
 
 from ftcore import cli
 
-FEW = ("trainer.max_steps=2", "trainer.global_batch=2", "trainer.max_length=128", "prompts=[Hi]", "sampling.max_new_tokens=2")
-WATCHED = ("transformers.models.llama", "transformers.models.qwen3", "transformers.trainer", "transformers.modeling_utils")
+FEW = (
+    "trainer.max_steps=2",
+    "trainer.global_batch=2",
+    "trainer.max_length=128",
+    "prompts=[Hi]",
+    "sampling.max_new_tokens=2",
+)
+WATCHED = (
+    "transformers.models.llama",
+    "transformers.models.qwen3",
+    "transformers.trainer",
+    "transformers.modeling_utils",
+)
 PACKAGES = ("peft.tuners", "peft.peft_model", "trl.trainer", *WATCHED)
 
 
@@ -23,7 +34,9 @@ def state() -> dict[str, dict[str, int]]:
         found[name] = {k: id(v) for k, v in plain.items() if not isinstance(v, ModuleType)}
         for value in plain.values():
             if isinstance(value, type) and value.__module__ == name:
-                found[f"{name}.{value.__qualname__}"] = {k: id(v) for k, v in vars(value).items() if k != "__abstractmethods__"}
+                found[f"{name}.{value.__qualname__}"] = {
+                    k: id(v) for k, v in vars(value).items() if k != "__abstractmethods__"
+                }
     return found
 
 
@@ -42,7 +55,10 @@ def test_models_and_trainers_in_one_process_leave_the_libraries_alone(in_tmp: Pa
 
 
 def test_a_sweep_over_a_number_leaves_a_folder_each(in_tmp: Path) -> None:
-    assert cli.run(["-m", "+model=smollm2", "model.tiny=true", "+trainer=sft", "trainer.learning_rate=1e-4,1e-3", *FEW]) == 0
+    assert (
+        cli.run(["-m", "+model=smollm2", "model.tiny=true", "+trainer=sft", "trainer.learning_rate=1e-4,1e-3", *FEW])
+        == 0
+    )
     (folder,) = (in_tmp / "runs").iterdir()
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["0", "1"]
     rates = [(folder / job / "config.yaml").read_text() for job in ("0", "1")]

@@ -9,7 +9,7 @@ import pytest
 from ftcore import Kernel, hookimpl
 from ftcore import hooks as specs
 from ftcore.catalog import Catalog, installed
-from ftcore.compose import compose, typed
+from ftcore.composition import compose, typed
 from ftcore.config import RunConfig
 from ftcore.errors import NoAnswer, PluginConflict, PluginError, Refused
 from ftcore.manager import Hooks, import_function, import_plugin, selected_options, spec_names
@@ -64,7 +64,9 @@ def test_python_objects_win_over_files_and_files_over_selected_plugins(tmp_path)
     def ftcore_model_family() -> str:
         return "python"
 
-    assert Hooks.for_run(run, installed(), [ftcore_model_family]).first(specs.ftcore_model_family, config=None) == "python"
+    assert (
+        Hooks.for_run(run, installed(), [ftcore_model_family]).first(specs.ftcore_model_family, config=None) == "python"
+    )
 
 
 def test_a_wrapper_sees_and_changes_the_result() -> None:

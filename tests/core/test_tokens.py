@@ -53,7 +53,9 @@ def test_long_rows_are_cut_and_labels_stay_aligned() -> None:
     assert set(trained_text(row)) == {"y"}
 
 
-plain = st.text(st.characters(codec="utf-8", exclude_characters="<|>", exclude_categories=("Cs",)), min_size=1, max_size=30)
+plain = st.text(
+    st.characters(codec="utf-8", exclude_characters="<|>", exclude_categories=("Cs",)), min_size=1, max_size=30
+)
 
 
 @settings(max_examples=100, deadline=None)

@@ -30,7 +30,7 @@ def serve(path: str) -> None:
     import transformers.models.qwen3.modeling_qwen3  # noqa: F401
     from trl import GRPOTrainer, SFTTrainer  # noqa: F401
 
-    import ftcore.compose
+    import ftcore.composition
     import ftcore.pipeline  # noqa: F401
 
     torch.set_num_threads(1)  # tiny models: threads cost more than they bring

@@ -38,12 +38,18 @@ def test_files_are_opened_with_an_encoding() -> None:
     """Windows would take the code page of the country."""
     for file in SOURCES:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("read_text", "write_text"):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in ("read_text", "write_text")
+            ):
                 assert any(k.arg == "encoding" for k in node.keywords), f"{file}:{node.lineno}"
 
 
 def test_no_file_has_a_name_that_windows_refuses() -> None:
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\n")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split(
+        "\n"
+    )
     reserved = re.compile(r"(?i)^(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
     for name in filter(None, tracked):
         assert not re.search(r'[<>:"\\|?*]', name), name
@@ -59,7 +65,9 @@ def test_windows_paths_are_files_and_not_hub_ids() -> None:
 
 
 def test_triton_is_asked_for_on_linux_only() -> None:
-    (triton,) = [d for d in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"] if "triton" in d]
+    (triton,) = [
+        d for d in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"] if "triton" in d
+    ]
     assert "sys_platform == 'linux'" in triton
 
 
@@ -73,11 +81,17 @@ def test_it_runs_without_triton(tmp_path: Path) -> None:
         "sys.exit(ftcore.cli.run(sys.argv[1:]))\n"
     )
     words = ["plan", "+model=qwen3", "model.tiny=true", "+trainer=sft"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "reference.rope" in done.stdout
     done = subprocess.run(
-        [sys.executable, "-c", code, *words, "kernels=[triton]"], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-c", code, *words, "kernels=[triton]"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
     )
     assert done.returncode == 2
     assert "triton is not installed" in done.stderr
@@ -88,8 +102,14 @@ def test_workers_can_be_spawned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     import ftcore
 
     monkeypatch.chdir(tmp_path)
-    words = ["+model=qwen3", "model.tiny=true", "+trainer=sft", "trainer.max_steps=2", "prompts=[Hi]", "sampling.max_new_tokens=1"]
+    words = [
+        "+model=qwen3",
+        "model.tiny=true",
+        "+trainer=sft",
+        "trainer.max_steps=2",
+        "prompts=[Hi]",
+        "sampling.max_new_tokens=1",
+    ]
     loader = ["trainer.args.dataloader_num_workers=1", "trainer.args.dataloader_multiprocessing_context=spawn"]
     spawned = ftcore.run([*words, "output_dir=spawned", *loader])
     assert spawned.metrics["loss_last"] == ftcore.run([*words, "output_dir=plain"]).metrics["loss_last"]
-

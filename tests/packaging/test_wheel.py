@@ -48,20 +48,39 @@ def run(python: Path, *words: str, cwd: Path) -> subprocess.CompletedProcess[str
 
 def test_it_holds_all_packages_samples_and_yaml(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("ftcore/hooks.py", "ftcore_data/samples/messages.jsonl", "ftcore_conf/ftcore.yaml", "ftcore_kernels/ops/rope.py"):
+    for name in (
+        "ftcore/hooks.py",
+        "ftcore_data/samples/messages.jsonl",
+        "ftcore_conf/ftcore.yaml",
+        "ftcore_kernels/ops/rope.py",
+    ):
         assert name in names
     roots = {name.split("/")[0] for name in names}
     assert not roots & {"tests", "docs", "plugins", "kernels", "conf"}
 
 
 def test_it_trains(clean_python: Path, tmp_path: Path) -> None:
-    where = subprocess.run([clean_python, "-c", "import ftcore; print(ftcore.__file__)"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    where = subprocess.run(
+        [clean_python, "-c", "import ftcore; print(ftcore.__file__)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
     assert str(ROOT) not in where.stdout
     listed = run(clean_python, "plugins", cwd=tmp_path)
-    here = subprocess.run([sys.executable, "-m", "ftcore", "plugins"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    here = subprocess.run(
+        [sys.executable, "-m", "ftcore", "plugins"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     assert listed.stdout == here.stdout
     done = run(
-        clean_python, "+model=smollm2", "model.tiny=true", "+trainer=sft", "trainer.max_steps=1", "+export=[adapter]", cwd=tmp_path
+        clean_python,
+        "+model=smollm2",
+        "model.tiny=true",
+        "+trainer=sft",
+        "trainer.max_steps=1",
+        "+export=[adapter]",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs/smollm2-sft-001/export/adapter/adapter_model.safetensors").is_file()

@@ -54,7 +54,9 @@ def test_export_writes_what_was_trained(in_tmp: Path) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.05)
-    artifacts = ftcore.export(model, tokenizer, ["+export=[safetensors,adapter]", "export.safetensors.dtype=float32"], "out")
+    artifacts = ftcore.export(
+        model, tokenizer, ["+export=[safetensors,adapter]", "export.safetensors.dtype=float32"], "out"
+    )
     assert [a.target for a in artifacts] == ["safetensors", "adapter"]
     assert all(a.size > 1000 for a in artifacts)
     assert not (in_tmp / "out" / ".merged").exists()
@@ -66,7 +68,9 @@ def test_export_writes_what_was_trained(in_tmp: Path) -> None:
     assert (wanted - got).abs().max() < 1e-5
     model.disable_adapter_layers()
     with torch.no_grad():
-        assert (wanted - model(**batch).logits).abs().max() > 1e-3, "the adapter changes nothing: the test would prove nothing"
+        assert (wanted - model(**batch).logits).abs().max() > 1e-3, (
+            "the adapter changes nothing: the test would prove nothing"
+        )
 
 
 def test_a_model_from_elsewhere_is_refused() -> None:
@@ -93,10 +97,7 @@ def test_one_hook_from_python_changes_what_it_should(tiny_run) -> None:
 
 def test_the_same_from_the_command_line(tiny_run, in_tmp: Path) -> None:
     (in_tmp / "my_hooks.py").write_text(
-        "import ftcore\n\n"
-        "@ftcore.hookimpl\n"
-        "def ftcore_evaluate(trainer):\n"
-        "    return {'eval_loss': 42.0}\n"
+        "import ftcore\n\n@ftcore.hookimpl\ndef ftcore_evaluate(trainer):\n    return {'eval_loss': 42.0}\n"
     )
     result = tiny_run("plugins=[my_hooks.py]")
     assert result.metrics["eval_loss"] == 42.0

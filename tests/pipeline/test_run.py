@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import ftcore
-from ftcore.compose import compose, to_yaml, typed
+from ftcore.composition import compose, to_yaml, typed
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
@@ -71,7 +71,11 @@ def test_memory_decides_about_recomputation_and_changes_no_number(tiny_run) -> N
     def spy(name: str):
         @ftcore.hookimpl(wrapper=True)
         def ftcore_train(trainer):
-            seen[name] = (trainer.args.gradient_checkpointing, trainer.args.bf16, trainer.model.is_gradient_checkpointing)
+            seen[name] = (
+                trainer.args.gradient_checkpointing,
+                trainer.args.bf16,
+                trainer.model.is_gradient_checkpointing,
+            )
             return (yield)
 
         return ftcore_train
@@ -92,7 +96,9 @@ def test_full_fine_tuning_saves_a_whole_model(tiny_run) -> None:
 
 
 def test_grpo_runs_as_is_and_its_reward_is_recorded(in_tmp: Path) -> None:
-    result = ftcore.run(["+model=qwen3", "model.tiny=true", "+trainer=grpo", "trainer.max_steps=2", "trainer.max_completion_length=8"])
+    result = ftcore.run(
+        ["+model=qwen3", "model.tiny=true", "+trainer=grpo", "trainer.max_steps=2", "trainer.max_completion_length=8"]
+    )
     recorded = yaml.safe_load((result.output_dir / "config.yaml").read_text())
     assert recorded["data"]["name"] == "prompts"
     assert list(recorded["reward"]) == ["length"]
@@ -104,7 +110,13 @@ def test_grpo_runs_as_is_and_its_reward_is_recorded(in_tmp: Path) -> None:
 
 def test_a_reward_of_ones_own_replaces_the_samples(in_tmp: Path) -> None:
     (in_tmp / "mine.py").write_text("def half(completions, **_):\n    return [0.5] * len(completions)\n")
-    words = ["+model=qwen3", "model.tiny=true", "+trainer=grpo", "trainer.max_steps=1", "trainer.max_completion_length=4"]
+    words = [
+        "+model=qwen3",
+        "model.tiny=true",
+        "+trainer=grpo",
+        "trainer.max_steps=1",
+        "trainer.max_completion_length=4",
+    ]
     by_key = ftcore.run([*words, "rewards=[mine.py:half]"])
     assert metrics_of(by_key.output_dir)[0]["reward"] == 0.5
 
@@ -177,3 +189,36 @@ def test_packed_rows_train_like_separate_rows(tiny_run) -> None:
     result = tiny_run("data=text", "trainer.packing=true", "trainer.max_length=512")
     assert math.isfinite(result.metrics["loss_last"])
     assert torch.isfinite(torch.tensor(result.metrics["train_loss"]))
+
+
+def test_a_recorded_run_is_never_written_over(tiny_run, in_tmp: Path) -> None:
+    from ftcore import cli
+
+    first = tiny_run("output_dir=kept")
+    before = (in_tmp / "kept/run.json").read_text()
+    assert cli.run([f"run={first.output_dir}", "trainer.max_steps=1", "trainer.learning_rate=1e-4"]) == 0
+    assert (in_tmp / "kept/run.json").read_text() == before
+    assert (in_tmp / "runs/qwen3-sft-001/run.json").is_file()
+
+
+def test_early_stopping_stops(tiny_run) -> None:
+    words = ("trainer.max_steps=12", "trainer.eval_steps=1", "trainer.early_stopping=2", "trainer.learning_rate=1e-12")
+    result = tiny_run(*words, "output_dir=stopped")
+    assert json.loads(Path("stopped/run.json").read_text())["steps"] < 12
+    assert math.isfinite(result.metrics["eval_loss"])
+
+
+def test_a_moved_data_file_does_not_matter_to_a_finished_run(tiny_run, in_tmp: Path) -> None:
+    from ftcore import cli
+
+    rows = in_tmp / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"row number {i}"}) + "\n" for i in range(8)))
+    run = tiny_run("data.path=rows.jsonl", "prompts=[Hi]")
+    rows.unlink()
+    assert cli.run(["export", f"run={run.output_dir}", "+export=[adapter]"]) == 0
+
+
+def test_compose_stays_a_function(tiny_run) -> None:
+    tiny_run("trainer.max_steps=1")
+    assert callable(ftcore.compose)
+    assert ftcore.compose(["+model=qwen3"]).model.name == "qwen3"

@@ -8,7 +8,14 @@ import pytest
 
 import ftcore
 
-WORDS = ["+model=llama", "model.tiny=true", "+trainer=sft", "trainer.max_steps=3", "trainer.global_batch=4", "trainer.learning_rate=5e-3"]
+WORDS = [
+    "+model=llama",
+    "model.tiny=true",
+    "+trainer=sft",
+    "trainer.max_steps=3",
+    "trainer.global_batch=4",
+    "trainer.learning_rate=5e-3",
+]
 
 
 def linear_kinds(model) -> set[str]:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 Op = Callable[..., "torch.Tensor"]
 
 
-def forward(module: nn.Module, hidden_states: torch.Tensor, *, op: Op, eps: float, offset: float, cast: str) -> torch.Tensor:
+def forward(
+    module: nn.Module, hidden_states: torch.Tensor, *, op: Op, eps: float, offset: float, cast: str
+) -> torch.Tensor:
     """hidden_states [..., H] -> the same shape and dtype."""
     return op(hidden_states, module.weight, eps, offset=offset, cast=cast)
 

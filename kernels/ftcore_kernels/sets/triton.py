@@ -28,5 +28,7 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
     if importlib.util.find_spec("triton") is None:
         return [Problem("kernels", "the package triton is not installed", "use kernels=[auto]")]
     if not plan.device.runs_triton:
-        return [Problem("kernels", "kernels=[triton] needs a GPU", "use kernels=[auto], which takes plain PyTorch on a CPU")]
+        return [
+            Problem("kernels", "kernels=[triton] needs a GPU", "use kernels=[auto], which takes plain PyTorch on a CPU")
+        ]
     return []

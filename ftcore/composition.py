@@ -18,6 +18,7 @@ from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from ftcore.catalog import installed
 from ftcore.config import KINDS, MANY, RunConfig
@@ -29,6 +30,8 @@ CONF_MODULE = "ftcore_conf"
 CONFIG_NAME = "ftcore"
 RECORD = "config.yaml"
 """File in a run folder that holds its whole config."""
+NEW_EACH_TIME = ("output_dir", "run", "resume")
+"""Recorded keys that `run=FOLDER` does not take over: a finished run is never written over."""
 
 
 class EntryPointSource(ConfigSource):
@@ -133,6 +136,12 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
             config = _from_hydra(hydra_overrides(parsed), config_dir)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, overrides) from error
+    except YAMLError as error:
+        raise Refused(
+            Problem("config", f"a YAML file cannot be read: {_one_line(error)}", "mend the file", Exit.DATA)
+        ) from error
+    except (AssertionError, ValueError) as error:  # OmegaConf's way of saying that a key lies below nothing
+        raise _below_nothing(parsed, error) from error
     reject_unknown_keys(config)
     return config
 
@@ -168,10 +177,25 @@ def _from_hydra(overrides: list[str], config_dir: str | None) -> DictConfig:
         return hydra_compose(CONFIG_NAME, overrides)
 
 
+def _below_nothing(parsed: Sequence[Override], error: Exception) -> Refused:
+    given = {o.key_or_group for o in parsed if _is_group(o)}
+    below = [o for o in parsed if not _is_group(o) and "." in o.key_or_group]
+    key = next((o.key_or_group for o in below if o.key_or_group.partition(".")[0] not in given), "config")
+    kind = key.partition(".")[0]
+    fix = f"select an option of {kind} first; `ftcore plugins {kind}` lists them" if kind in KINDS else ""
+    return Refused(Problem(key, f"cannot be set here: {_one_line(error)}", fix))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
+
+
 def _recorded(parsed: Sequence[Override]) -> Path | None:
     runs = [str(o.value()) for o in parsed if o.key_or_group == "run" and o.value() is not None]
     if not runs:
         return None
+    if not runs[-1]:
+        raise Refused(Problem("run", "is empty", "name a run folder; `ftcore runs` lists them"))
     path = Path(runs[-1]) / RECORD
     if not path.is_file():
         raise Refused(
@@ -204,7 +228,7 @@ def _fill(config: DictConfig, recorded: DictConfig) -> None:
             config[key] = {n: OmegaConf.merge(_option(str(key), str(v.name or n)), v) for n, v in value.items()}
         elif key in KINDS and value is not None:
             config[key] = OmegaConf.merge(_option(str(key), str(value.name)), value)
-        elif key not in KINDS:
+        elif key not in KINDS and key not in NEW_EACH_TIME:
             OmegaConf.update(config, str(key), value)
 
 
