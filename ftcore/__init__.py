@@ -1,4 +1,4 @@
-"""ftcore: fine-tune large language models with plugins. Importing this package imports nothing heavy and changes nothing."""
+"""ftcore: fine-tune large language models with plugins. Importing it loads nothing heavy."""
 
 from __future__ import annotations
 

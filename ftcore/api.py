@@ -27,9 +27,9 @@ _LOADED = "_ftcore_loaded"
 def run(config: RunConfig | DictConfig | Sequence[str], plugins: Sequence[object] = ()) -> RunResult:
     """Run the pipeline: `ftcore.run(["+model=smollm2", "+trainer=sft"])`.
 
-    `config` is a list of overrides as on the command line, or a composed config. `plugins` are modules, objects, or single
-    functions marked with `hookimpl`; they win over the selected plugins. Raises Refused, PluginConflict or PluginError before
-    any weight is read when something is wrong.
+    `config` is a list of overrides as on the command line, or a composed config. `plugins` are modules, objects, or
+    single functions marked with `hookimpl`; they win over the selected plugins. Raises Refused, PluginConflict or
+    PluginError before any weight is read when something is wrong.
     """
     return pipeline.run(validated(config), plugins)
 

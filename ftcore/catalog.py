@@ -1,4 +1,4 @@
-"""What is installed: entry points of the groups `ftcore.<kind>`, read from metadata; no plugin is imported until selected."""
+"""What is installed: the entry points `ftcore.<kind>`, from metadata; plugins are imported when selected."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def _hub_problem(model: ModelConfig, family: ModelFamily) -> Problem | None:
         )
     except Exception as error:  # whatever the network does: name it and offer the way out
         if offer:
-            message = f"the weights of {model.name} are not installed and {model.id} cannot be reached ({type(error).__name__})"
+            message = f"its weights are not installed and {model.id} cannot be reached ({type(error).__name__})"
         else:
             message = f"{model.id} is not on this machine and the hub cannot be reached ({type(error).__name__})"
         return Problem("model", message, fix, Exit.MISSING_INPUT)

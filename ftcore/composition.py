@@ -1,4 +1,4 @@
-"""All of Hydra that ftcore uses: a config source over entry points, a search path for YAML of packages, and `compose`."""
+"""The Hydra that ftcore uses: a config source over entry points, a search path for packages' YAML, `compose`."""
 
 from __future__ import annotations
 
@@ -149,8 +149,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
 def hydra_overrides(parsed: Sequence[Override]) -> list[str]:
     """The overrides as Hydra gets them.
 
-    Plain keys become `++key=value`, so that a misspelt key reaches ftcore's own check, which names all of them at once and
-    never advises adding a dead key with `+`.
+    Plain keys become `++key=value`, so that a misspelt key reaches ftcore's own check, which names all of them at
+    once and never advises adding a dead key with `+`.
     """
     swept = {override.key_or_group for override in parsed if _is_group(override) and override.is_sweep_override()}
     texts = []

@@ -1,7 +1,7 @@
 """The typed configuration of a run: :class:`RunConfig`, and one base dataclass per kind.
 
-A plugin's ``Config`` subclasses its kind's base, so that one dataclass is schema, default and documentation of an option.
-The string under a field is its help; ``ftcore plugins`` and the docs read it.
+A plugin's ``Config`` subclasses its kind's base, so that one dataclass is schema, default and documentation of an
+option. The string under a field is its help; ``ftcore plugins`` and the docs read it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ModelConfig(PluginConfig):
     shape: str | None = None
     """Random weights of a real size that the family declares, for measuring."""
     dtype: str = "auto"
-    """`auto` (bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU), `float32`, `bfloat16` or `float16`."""
+    """`float32`, `bfloat16`, `float16`, or `auto`: bfloat16, float16 on older GPUs, float32 on a CPU."""
     max_length: int | None = None
     """Context length that the model is prepared for, in tokens; null keeps the checkpoint's own."""
     new_tokens: list[str] = field(default_factory=list)

@@ -1,15 +1,15 @@
 """Every hook of ftcore, in the order in which a run calls them: the page to read first.
 
-A plugin is a module (or any object) with functions named like these and marked with :data:`hookimpl`. An implementation may
+A plugin is a module (or any object) with functions named like these and marked with `hookimpl`. An implementation may
 leave out arguments that it does not need. Two kinds of hook:
 
-* **first**: the first answer that is not None is taken. Order: a later plugin is asked before an earlier one, and the order is
-  core, selected plugins (in the order of the kinds), `plugins=[...]` of the config, `plugins=` objects given to
-  :func:`ftcore.run`. So whatever you add yourself wins, and core, which always comes last, is the default.
+* **first**: the first answer that is not None is taken. A later plugin is asked before an earlier one, and the order
+  is core, selected plugins (in the order of the kinds), `plugins=[...]` of the config, `plugins=` objects given to
+  `ftcore.run`. So whatever you add yourself wins, and core, which always comes last, is the default.
 * **all**: every answer counts; the lists are joined in the order of selection.
 
-To act before and after a stage, wrap it: ``@hookimpl(wrapper=True)`` on a function with one ``yield``; the value of the yield
-is the stage's result, and what the function returns replaces it.
+To act before and after a stage, wrap it: `@hookimpl(wrapper=True)` on a function with one `yield`; the value of the
+yield is the stage's result, and what the function returns replaces it.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def ftcore_load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase | None:
 
 @first
 def ftcore_quantization_config(plan: Plan) -> Any | None:
-    """Give transformers' quantization config for loading. Answered by quantizers that work while loading; may be None."""
+    """Give transformers' quantization config for loading. Answered by load-time quantizers."""
 
 
 @first
@@ -141,12 +141,12 @@ def ftcore_load_dataset(plan: Plan) -> DatasetDict | None:
 
 @first
 def ftcore_format_dataset(plan: Plan, dataset: DatasetDict, tokenizer: PreTrainedTokenizerBase) -> DatasetDict | None:
-    """Convert raw rows to the format's shape, and tokenize and mask them if the trainer takes tokens. Answered by core."""
+    """Convert raw rows to the format's shape, then to tokens if the trainer takes tokens. Answered by core."""
 
 
 @first
 def ftcore_make_collator(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Any | None:
-    """Make the data collator. Answered by data plugins that need one of their own; None takes the trainer's."""
+    """Make the data collator. Answered by data plugins; None takes the trainer's."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def ftcore_make_collator(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Any 
 
 @all_answers
 def ftcore_rewards(plan: Plan) -> Sequence[Reward]:
-    """Give reward functions `f(prompts, completions, **columns)`. Answered by reward plugins, and by core for `rewards`."""
+    """Give reward functions `f(prompts, completions, **columns)`. Answered by rewards, and by core for `rewards`."""
 
 
 @all_answers

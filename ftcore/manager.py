@@ -182,8 +182,8 @@ def import_plugin(text: str, key: str) -> ModuleType:
                     key, f"there is no file {text}", "paths are relative to where you run ftcore", Exit.MISSING_INPUT
                 )
             )
-        # A name of its own: two files called hooks.py in different folders must not be one module, nor must an edited file
-        # be its old self in a notebook; the same file named twice is run once.
+        # A name of its own: two files called hooks.py in different folders must not be one module, nor must an
+        # edited file be its old self in a notebook; the same file named twice is run once.
         stamp = f"{path}:{path.stat().st_mtime_ns}"
         name = f"ftcore_user_{path.stem}_{hashlib.sha256(stamp.encode()).hexdigest()[:8]}"
         if name in sys.modules:
@@ -202,7 +202,8 @@ def import_plugin(text: str, key: str) -> ModuleType:
         raise
     except Exception as error:
         raise PluginError(
-            f"{key}=[{text}] cannot be imported: {type(error).__name__}: {error}\n    fix: mend {text}; python {text} shows where"
+            f"{key}=[{text}] cannot be imported: {type(error).__name__}: {error}\n"
+            f"    fix: mend {text}; python {text} shows where"
         ) from error
 
 
@@ -237,7 +238,8 @@ def _signature_hint(plugin: object) -> str | None:
         known = list(inspect.signature(spec).parameters)
         wrong = [p for p in inspect.signature(getattr(plugin, name)).parameters if p not in known]
         if wrong:
-            return f"{name} takes no argument '{wrong[0]}'\n    fix: its arguments are ({', '.join(known)}); leave out what you do not need"
+            fix = f"its arguments are ({', '.join(known)}); leave out what you do not need"
+            return f"{name} takes no argument '{wrong[0]}'\n    fix: {fix}"
     return None
 
 

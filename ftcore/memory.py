@@ -30,10 +30,10 @@ def wants_recompute(plan: Plan, model: Any) -> bool:
 
 
 def activation_bytes(plan: Plan, config: Any) -> int:
-    """Bytes that one micro-batch of the longest rows keeps for its backward pass without recomputation: an upper estimate.
+    """Bytes that one micro-batch of the longest rows keeps for its backward pass: an upper estimate.
 
-    Counted per token and layer from what transformers' decoder layers save: about 14 tensors of the hidden size and 5 of the
-    intermediate size, and the logits with their float32 copy and gradient once.
+    Without recomputation. Counted per token and layer from what transformers' decoder layers save: about 14 tensors of
+    the hidden size and 5 of the intermediate size, and the logits with their float32 copy and gradient once.
     """
     text = config.get_text_config()
     width = 4 if plan.dtype == "float32" else 2

@@ -21,8 +21,8 @@ QUANTIZED = ("Linear4bit", "Linear8bitLt")
 def write_merged(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str = "auto") -> Path:
     """Write the merged model as a transformers checkpoint folder; the model itself is not changed.
 
-    `dtype` is `float16`, `bfloat16`, `float32`, or `auto`: the model's own if it has 16 bits; else float16, whose 10 bits of
-    mantissa stay closer to float32 than bfloat16's 7, unless a weight is too large for it.
+    `dtype` is `float16`, `bfloat16`, `float32`, or `auto`: the model's own if it has 16 bits; else float16, whose 10
+    bits of mantissa stay closer to float32 than bfloat16's 7, unless a weight is too large for it.
     """
     import torch
     from huggingface_hub import save_torch_state_dict

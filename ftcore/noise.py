@@ -1,4 +1,4 @@
-"""Keeps the libraries' own chatter out of ftcore's command line. Only `ftcore.cli` calls it: a library call changes nothing."""
+"""Keeps the libraries' own chatter out of ftcore's command line. Only `ftcore.cli` calls it."""
 
 from __future__ import annotations
 

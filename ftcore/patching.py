@@ -1,7 +1,7 @@
 """Put kernels on module instances: roles x kernels -> claims -> patched instances -> report.
 
-Nothing is put on a class or a module of transformers, so a second model in the process stays as it was, and a patch can be
-taken off again.
+Nothing is put on a class or a module of transformers, so a second model in the process stays as it was, and a patch
+can be taken off again.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def patch(
 ) -> PatchReport:
     """Claim the model's modules and install the kernels of this phase.
 
-    Claims of both phases are resolved on the model as it is given, so that a whole-layer kernel of the later phase keeps the
-    earlier phase from touching its layers. Raises Refused when two kernels fit one role.
+    Claims of both phases are resolved on the model as it is given, so that a whole-layer kernel of the later phase
+    keeps the earlier phase from touching its layers. Raises Refused when two kernels fit one role.
     """
     sites, skipped = resolve(model, roles, kernels, device, prefer or {})
     claims = []

@@ -307,7 +307,7 @@ class Checkpoint:
     _merged: Path | None = field(default=None, repr=False)
 
     def merged(self) -> Path:
-        """Folder with the merged 16-bit model, written once however many exporters ask. Copy from it; it goes with the run."""
+        """Folder with the merged 16-bit model, written once. Copy from it: it goes when the exporters are done."""
         from ftcore.merge import write_merged
 
         if self._merged is None:

@@ -1,4 +1,4 @@
-"""Rows to token ids, with the labels of the tokens that are trained. The one place: `preview` and training both call it."""
+"""Rows to token ids and labels, for training and for `ftcore preview` alike."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ def tokenize_row(
 ) -> dict[str, list[int]]:
     """Token ids and labels of one row, cut to `max_length` tokens.
 
-    Conversations train the assistants' words and the token that ends their turn; prompt-completion rows train the completion;
-    text trains everything. Raises Refused when the chat template gives no clear answer to which tokens those are.
+    Conversations train the assistants' words and the token that ends their turn; prompt-completion rows train the
+    completion; text trains everything. Raises Refused when the chat template gives no clear answer to which tokens
+    those are.
     """
     if shape == Shape.MESSAGES:
         ids, labels = _conversation(tokenizer, row["messages"], row.get("tools"))
@@ -78,8 +79,8 @@ def assistant_spans(
 ) -> list[Span]:
     """Character ranges in `text` that the assistant would have written itself, ends of turns included.
 
-    Each range runs from where the template hands over to the assistant to where its turn ends, both found by rendering the
-    conversation up to there; nothing is searched for, so words that look like a template are harmless.
+    Each range runs from where the template hands over to the assistant to where its turn ends, both found by
+    rendering the conversation up to there; nothing is searched for, so words that look like a template are harmless.
     """
     spans = []
     for index, message in enumerate(messages):
@@ -91,7 +92,7 @@ def assistant_spans(
             raise Refused(
                 Problem(
                     "data",
-                    f"the chat template rewrites earlier turns, so the tokens of assistant turn {index + 1} are not certain",
+                    f"the chat template rewrites earlier turns, so what turn {index + 1} trains is not certain",
                     "end each row with the turn that is to be trained, or use another chat template",
                     Exit.DATA,
                 )

@@ -1,4 +1,4 @@
-"""Core's own answers to the hooks. They are registered first and marked `trylast`, so every plugin comes before them."""
+"""Core's own answers to the hooks. They are `trylast`, so every plugin comes before them."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @hookimpl(trylast=True)
 def ftcore_load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
-    """AutoTokenizer; a pad token is chosen where there is none, and the family's chat template fills in for a missing one."""
+    """AutoTokenizer; a missing pad token becomes the end token, a missing chat template the family's."""
     from transformers import AutoTokenizer
 
     assert plan.run.model is not None
@@ -57,8 +57,8 @@ def ftcore_load_model(plan: Plan, quantization: Any | None) -> PreTrainedModel:
 def _stay_differentiable(model: PreTrainedModel) -> None:
     """Keep bitsandbytes' 4-bit layers from repacking their weights in the first evaluation on a CPU with AVX512-BF16.
 
-    The packed form (bitsandbytes 0.50) has no gradient, so that training after an evaluation would silently leave out every
-    gradient that passes through such a layer.
+    The packed form (bitsandbytes 0.50) has no gradient, so that training after an evaluation would silently leave
+    out every gradient that passes through such a layer.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):

@@ -30,7 +30,7 @@ def ftcore_callbacks(plan: Plan) -> Sequence[TrainerCallback]:
 
 @hookimpl(trylast=True)
 def ftcore_train(plan: Plan, trainer: Trainer) -> TrainReport:
-    """`trainer.train()`, from a checkpoint where `resume` names one; held-out rows are measured before the first step."""
+    """`trainer.train()`, from a checkpoint where `resume` names one; held-out rows are measured first."""
     from transformers.trainer_utils import get_last_checkpoint
 
     metrics: dict[str, float] = {}

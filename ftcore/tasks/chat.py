@@ -12,7 +12,7 @@ from ftcore.tasks._trained import load_trained
 
 
 def main(argv: list[str]) -> int:
-    """A conversation; an empty line starts a new one, end of input ends it. Without `run` it talks to the base model."""
+    """A conversation; an empty line starts a new one, end of input ends it. Without `run`: the base model."""
     config = config_of(argv)
     loaded = load_trained(replace(config, export={}))
     sampling = config.sampling

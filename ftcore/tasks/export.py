@@ -12,7 +12,7 @@ from ftcore.tasks._trained import trained_config
 
 
 def main(argv: list[str]) -> int:
-    """Load the trained model and run the exporters on it; artifacts go into the run's own folder unless told otherwise."""
+    """Load the trained model and run the exporters on it; artifacts go into the run's own folder by default."""
     config = config_of(argv)
     need_run(config, "export", "ftcore export run=runs/smollm2-sft-001 '+export=[safetensors]'")
     if not config.export:

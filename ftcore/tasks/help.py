@@ -39,7 +39,5 @@ def show_help(tasks: Mapping[str, str]) -> None:
     note(
         "\n`+` selects a kind that has no default; without `+` a default is replaced. Other keys: trainer.max_steps=50,"
     )
-    note(
-        "data.path=rows.jsonl, memory=least, output_dir=my-run; `ftcore plugins trainer/sft` lists the keys of an option."
-    )
+    note("data.path=rows.jsonl, memory=least, output_dir=my-run; `ftcore plugins trainer/sft` lists an option's keys.")
     note("Sweeps: ftcore -m ... trainer.learning_rate=1e-4,1e-3")

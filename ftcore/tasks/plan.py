@@ -58,21 +58,15 @@ def _settings(plan: Plan, model: Any) -> Iterable[tuple[str, str]]:
     yield "parameters", f"{total:,} in all, {trained:,} trained ({trained / total:.2%})"
     if run.trainer and plan.format:
         rows = _count_rows(plan)
-        yield (
-            "data",
-            f"{run.data.path if run.data and run.data.path else 'shipped sample'} as {plan.format.name}, {_or_unknown(rows)} rows",
-        )
+        source = run.data.path if run.data and run.data.path else "shipped sample"
+        yield "data", f"{source} as {plan.format.name}, {_or_unknown(rows)} rows"
         micro = micro_batch(plan)
         yield "trainer", run.trainer.name
-        yield (
-            "batch",
-            f"{run.trainer.global_batch} rows a step = {micro} x {run.trainer.global_batch // micro} accumulated",
-        )
+        accumulated = run.trainer.global_batch // micro
+        yield "batch", f"{run.trainer.global_batch} rows a step = {micro} x {accumulated} accumulated"
         yield "steps", _or_unknown(_steps(plan, rows))
-        yield (
-            "memory",
-            f"{run.memory.value}: {'every layer recomputed' if wants_recompute(plan, model) else 'nothing recomputed'}",
-        )
+        recomputed = "every layer" if wants_recompute(plan, model) else "nothing"
+        yield "memory", f"{run.memory.value}: {recomputed} recomputed"
     yield "exports", ", ".join(run.export) or "none (the adapter or model is always saved)"
     yield "run folder", str(plan.output_dir)
 

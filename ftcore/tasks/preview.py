@@ -77,4 +77,6 @@ def summary(rows: Any) -> str:
     """Rows, tokens and the trained part, over the whole split."""
     lengths = [(len(row["input_ids"]), sum(label != IGNORED for label in row["labels"])) for row in rows]
     tokens, trained = sum(n for n, _ in lengths), sum(n for _, n in lengths)
-    return f"{len(lengths)} rows, {tokens:,} tokens, {trained:,} trained ({trained / tokens:.0%}), longest row {max(n for n, _ in lengths)}"
+    longest = max(n for n, _ in lengths)
+    part = f"{trained:,} trained ({trained / tokens:.0%})"
+    return f"{len(lengths)} rows, {tokens:,} tokens, {part}, longest row {longest}"

@@ -1,4 +1,4 @@
-"""A second copy of the metrics as JSON lines, at a path of your choice (`metrics.jsonl` in the run folder is always written)."""
+"""A second copy of the metrics as JSON lines, at a path of your choice."""
 
 from __future__ import annotations
 

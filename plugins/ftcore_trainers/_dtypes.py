@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def kept_dtypes(model: nn.Module) -> Iterator[None]:
     """Undo what a block does to the dtypes of trainable parameters.
 
-    TRL's constructors round the adapter of a quantized model to bfloat16, where small optimizer updates get lost; ftcore keeps
-    float32 masters and computes in the plan's dtype.
+    TRL's constructors round the adapter of a quantized model to bfloat16, where small optimizer updates get lost;
+    ftcore keeps float32 masters and computes in the plan's dtype.
     """
     before = {name: (p, p.dtype, p.data) for name, p in model.named_parameters() if p.requires_grad}
     yield

@@ -1,4 +1,4 @@
-"""GRPO: reinforcement learning on groups of completions, without a value model (Shao et al. 2024, arXiv 2402.03300), by TRL."""
+"""GRPO by TRL: reinforcement learning on groups of completions (Shao et al. 2024, arXiv 2402.03300)."""
 
 from __future__ import annotations
 

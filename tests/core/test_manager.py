@@ -147,7 +147,7 @@ def test_every_hook_has_a_docstring_and_types() -> None:
 
 
 def test_functions_and_files_that_are_not_there() -> None:
-    with pytest.raises(Refused, match="there is no file nofile.py"):
+    with pytest.raises(Refused, match=r"there is no file nofile\.py"):
         import_plugin("nofile.py", "plugins")
     with pytest.raises(Refused, match="names no function"):
         import_function("file.py", "rewards")

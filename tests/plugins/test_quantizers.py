@@ -69,7 +69,7 @@ def test_a_merged_export_of_a_quantized_run_is_plain(in_tmp: Path, quantizer: st
 
 
 def test_gradients_still_flow_after_an_evaluation(in_tmp: Path) -> None:
-    """bitsandbytes would repack 4-bit weights in the first evaluation on some CPUs, and drop all gradients through them."""
+    """bitsandbytes would repack 4-bit weights in an evaluation on some CPUs, and drop gradients through them."""
     import torch
 
     model, tokenizer = ftcore.load(["+model=llama", "model.tiny=true", "+quantizer=bnb_nf4", "adapter.init=gaussian"])

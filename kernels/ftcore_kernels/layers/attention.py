@@ -1,7 +1,8 @@
 """Attention of Llama's plan (optional QK-norm) with RoPE on queries and keys in one launch.
 
-Follows `LlamaAttention.forward` and `Qwen3Attention.forward` of transformers 5 step by step; only the rotation differs. The
-attention itself stays transformers' attention interface, so every implementation and mask of the model works as before.
+Follows `LlamaAttention.forward` and `Qwen3Attention.forward` of transformers 5 step by step; only the rotation
+differs. The attention itself stays transformers' attention interface, so every implementation and mask of the model
+works as before.
 """
 
 from __future__ import annotations
