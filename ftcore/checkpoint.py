@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ftcore.config import ModelConfig
 from ftcore.errors import Exit, Problem, Refused
 from ftcore.paths import cache_dir, whole_folder
+from ftcore.report import note
 from ftcore.specs import Bundle, ModelFamily
 
 if TYPE_CHECKING:
@@ -216,6 +217,7 @@ def _dequantized(file: Path, family: ModelFamily) -> Path:
     key = hashlib.sha256(f"{file.name}:{stat.st_size}:{transformers.__version__}".encode()).hexdigest()[:16]
     target = cache_dir() / "dequantized" / f"{file.stem}-{key}"
     if not (target / "config.json").is_file():
+        note(f"dequantizing {file.name}, once: {target}")
         # Without `dequantize` the model keeps a quantizer that can neither be trained nor saved.
         auto = getattr(transformers, family.auto_class)
         model = auto.from_pretrained(

@@ -18,7 +18,7 @@ def quiet() -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     if not sys.stderr.isatty():
-        settings["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
     for name in ("bitsandbytes", "trl", "transformers", "accelerate", "huggingface_hub", "httpx"):
