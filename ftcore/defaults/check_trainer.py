@@ -1,0 +1,92 @@
+"""Checks of the trainer's numbers, and of the arguments that are passed through to its library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from ftcore.catalog import nearest
+from ftcore.errors import Problem
+from ftcore.sources import argument_names, enum_values
+from ftcore.specs import Plan
+
+ABOVE_0 = ("learning_rate", "global_batch", "max_length", "logging_steps")
+FROM_0 = (
+    "micro_batch",
+    "weight_decay",
+    "warmup",
+    "max_grad_norm",
+    "eval_steps",
+    "save_steps",
+    "early_stopping",
+    "seed",
+)
+
+
+def check_arguments(plan: Plan) -> Iterator[Problem]:
+    """`trainer.args` has names that the library knows, and none that ftcore's own keys set."""
+    trainer = plan.trainer
+    if not (trainer and trainer.args and plan.run.trainer):
+        return
+    known = argument_names(trainer.args)
+    for name in plan.run.trainer.args:
+        key = f"trainer.args.{name}"
+        if name in trainer.owned:
+            fix = f"write trainer.{name}" if hasattr(plan.run.trainer, name) else "leave it out"
+            yield Problem(
+                key,
+                "is set by ftcore's own keys",
+                f"{fix}; `ftcore plugins trainer/{plan.run.trainer.name}` lists them",
+            )
+        elif name not in known:
+            near = nearest(name, known)
+            library = trainer.args.partition(":")[2]
+            own = (
+                f"did you mean trainer.{name}?"
+                if hasattr(plan.run.trainer, name)
+                else f"leave it out, or see the arguments of {library}"
+            )
+            yield Problem(
+                key, f"{library} has no argument '{name}'", f"did you mean trainer.args.{near}?" if near else own
+            )
+
+
+def check_numbers(plan: Plan) -> Iterator[Problem]:
+    """Every number is in its range, and the batch can be divided."""
+    run, trainer = plan.run, plan.run.trainer
+    yield from _range("sampling", run.sampling, above_0=("max_new_tokens",), from_0=("temperature",))
+    if not 0 < run.sampling.top_p <= 1:
+        yield Problem("sampling.top_p", f"is {run.sampling.top_p}", "give a number above 0 and up to 1")
+    if run.model and run.model.max_length is not None:
+        yield from _range("model", run.model, above_0=("max_length",))
+    if trainer is None:
+        return
+    yield from _range("trainer", trainer, ABOVE_0, FROM_0)
+    if trainer.micro_batch > 0 and trainer.global_batch > 0 and trainer.global_batch % trainer.micro_batch:
+        divisors = [str(n) for n in range(1, trainer.global_batch + 1) if trainer.global_batch % n == 0]
+        message = f"{trainer.micro_batch} does not divide trainer.global_batch={trainer.global_batch}"
+        yield Problem(
+            "trainer.micro_batch", message, f"every step has the same number of rows: use {', '.join(divisors[-6:])}"
+        )
+    if trainer.max_steps == 0 or trainer.max_steps < -1:
+        yield Problem(
+            "trainer.max_steps", f"is {trainer.max_steps}", "give a number above 0, or -1 to let trainer.epochs decide"
+        )
+    if trainer.max_steps == -1 and not 0 < trainer.epochs < math.inf:
+        yield Problem(
+            "trainer.epochs", f"is {trainer.epochs} and trainer.max_steps is not set", "set one of them above 0"
+        )
+    known = enum_values("transformers.trainer_utils:SchedulerType")
+    if known and trainer.schedule not in known:
+        near = nearest(trainer.schedule, known)
+        fix = f"did you mean trainer.schedule={near}?" if near else f"schedules: {', '.join(known)}"
+        yield Problem("trainer.schedule", f"there is no schedule '{trainer.schedule}'", fix)
+
+
+def _range(path: str, config: object, above_0: Iterable[str] = (), from_0: Iterable[str] = ()) -> Iterator[Problem]:
+    for key in above_0:
+        if not 0 < getattr(config, key) < math.inf:
+            yield Problem(f"{path}.{key}", f"is {getattr(config, key)}", "give a number above 0")
+    for key in from_0:
+        if not 0 <= getattr(config, key) < math.inf:
+            yield Problem(f"{path}.{key}", f"is {getattr(config, key)}", "give 0 or a number above it")
