@@ -108,6 +108,19 @@ def read_config(model: ModelConfig, family: ModelFamily) -> dict[str, Any] | Non
     return config
 
 
+def context_length(model: ModelConfig, family: ModelFamily) -> int | None:
+    """Longest row in tokens that the checkpoint was made for; None where its config is not on this machine."""
+    source = find(model, family)
+    if source.kind == "random":
+        config: Any = family.tiny if source.name == "tiny" else family.shapes[source.name]
+    elif source.kind == "package":
+        config = next(iter(family.shapes.values()))
+    else:
+        config = read_config(model, family) or {}
+    length = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
+    return int(length) if length else None
+
+
 def _cached_config(model: ModelConfig) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ def ftcore_check_plan(plan: Plan) -> Sequence[Problem]:
         *_rewards(plan),
         *checkpoint.problems(plan.run.model, plan.family),
         *_quantized(plan),
+        *_context(plan),
     ]
     # Rows are read last and only for a plan that is sound otherwise: it may take a while.
     return found or [*check_rows(plan)]
@@ -134,6 +136,27 @@ def _rewards(plan: Plan) -> Iterator[Problem]:
         except Refused as refused:
             fix = f"define it there, or name one that is there: rewards=[{text.partition(':')[0]}:FUNCTION]"
             yield from (replace(problem, fix=problem.fix or fix) for problem in refused.problems)
+
+
+def _context(plan: Plan) -> Iterator[Problem]:
+    """No row is longer than what the model was made for, unless its RoPE is scaled."""
+    model, trainer = plan.run.model, plan.run.trainer
+    assert model is not None
+    try:
+        own = checkpoint.context_length(model, plan.family)
+    except (Refused, KeyError):  # a problem of the checkpoint's own, named by another check
+        return
+    if own is None:
+        return
+    if model.max_length and model.max_length > own and not model.rope_scaling:
+        fix = f"add 'model.rope_scaling={{rope_type: yarn, factor: {math.ceil(model.max_length / own)}}}'"
+        yield Problem("model.max_length", f"is past the checkpoint's own context of {own} tokens", fix)
+    longest = model.max_length or own
+    if trainer is not None and trainer.max_length > longest:
+        fix = f"use trainer.max_length={longest}, or set model.max_length and model.rope_scaling"
+        yield Problem(
+            "trainer.max_length", f"{trainer.max_length} tokens are more than the model's context of {longest}", fix
+        )
 
 
 def _quantized(plan: Plan) -> Iterator[Problem]:

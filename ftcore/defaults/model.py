@@ -43,15 +43,34 @@ def ftcore_load_model(plan: Plan, quantization: Any | None) -> PreTrainedModel:
         options["quantization_config"] = quantization
     if plan.device.kind == "cuda":
         options["device_map"] = {"": torch.cuda.current_device()}  # straight to the GPU, never whole in host memory
-    if model.rope_scaling:
-        config = checkpoint.config_of(model, plan.family)
-        config.rope_parameters = {**(config.rope_parameters or {}), **model.rope_scaling}
-        options["config"] = config
+    if model.rope_scaling or model.max_length:
+        options["config"] = _stretched(plan)
     auto = getattr(transformers, plan.family.auto_class)
     loaded: PreTrainedModel = auto.from_pretrained(checkpoint.locate(model, plan.family), **options)
     loaded.config.use_cache = False
     _stay_differentiable(loaded)
     return loaded
+
+
+def _stretched(plan: Plan) -> Any:
+    """The checkpoint's config with the context length and the RoPE scaling that were asked for."""
+    from transformers import AutoConfig
+
+    assert plan.run.model is not None
+    model = plan.run.model
+    config = AutoConfig.from_pretrained(checkpoint.locate(model, plan.family), revision=model.revision)
+    if model.rope_scaling:
+        # What the scaling stretches is the checkpoint's own context, not the longer one that is set below.
+        own = {"original_max_position_embeddings": config.max_position_embeddings}
+        known = own if model.rope_scaling.get("rope_type") in ORIGINAL_CONTEXT else {}
+        config.rope_parameters = {**(config.rope_parameters or {}), **known, **model.rope_scaling}
+    if model.max_length:
+        config.max_position_embeddings = model.max_length
+    return config
+
+
+ORIGINAL_CONTEXT = frozenset({"yarn", "longrope", "llama3"})
+"""RoPE scalings that are told how long the context was."""
 
 
 def _stay_differentiable(model: PreTrainedModel) -> None:

@@ -222,3 +222,24 @@ def test_compose_stays_a_function(tiny_run) -> None:
     tiny_run("trainer.max_steps=1")
     assert callable(ftcore.compose)
     assert ftcore.compose(["+model=qwen3"]).model.name == "qwen3"
+
+
+def test_a_longer_context_is_asked_for_and_scaled(tiny_run) -> None:
+    longer = "trainer.max_length=4096"
+    with pytest.raises(ftcore.Refused, match="more than the model's context of 2048"):
+        tiny_run(longer)
+    with pytest.raises(ftcore.Refused, match="rope_type: yarn, factor: 2"):
+        tiny_run("model.max_length=4096", longer)
+    model, _ = ftcore.load(
+        [
+            "+model=qwen3",
+            "model.tiny=true",
+            "model.max_length=4096",
+            "model.rope_scaling={rope_type: yarn, factor: 2.0}",
+        ]
+    )
+    assert model.config.max_position_embeddings == 4096
+    assert model.config.rope_parameters["original_max_position_embeddings"] == 2048
+    plain, _ = ftcore.load(["+model=qwen3", "model.tiny=true"])
+    rotary, other = (next(m for m in x.modules() if "RotaryEmbedding" in type(m).__name__) for x in (model, plain))
+    assert not torch.equal(rotary.inv_freq, other.inv_freq)

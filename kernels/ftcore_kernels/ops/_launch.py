@@ -4,7 +4,7 @@
 # mypy: disable-error-code="import-untyped,no-untyped-call,no-untyped-def,untyped-decorator"
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -80,6 +80,32 @@ def row_start(row, inner, outer_stride, inner_stride):
     """Offset of `row` in the tensor of a `Rows`, in int64: int32 overflows at 2^31 elements."""
     row = row.to(tl.int64)
     return row // inner * outer_stride + row % inner * inner_stride
+
+
+@triton.jit
+def place(width, BLOCK: tl.constexpr):
+    """This program's row and columns, int64. One grid axis, because only the first may exceed 65535."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(width, BLOCK)
+    return program // blocks, program % blocks * BLOCK + tl.arange(0, BLOCK)
+
+
+def elementwise(
+    kernel: Any, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], block: int, **constants: Any
+) -> None:
+    """Run a kernel that finds its elements by `place` over inputs of one shape; the outputs are contiguous."""
+    if not outputs[0].numel():
+        return
+    if all(tensor.is_contiguous() for tensor in inputs):
+        inputs = tuple(tensor.view(1, -1) for tensor in inputs)  # one long row: no row has a ragged end
+    rows = [as_rows(tensor) for tensor in inputs]
+    width = inputs[0].shape[-1]
+    block = min(block, triton.next_power_of_2(width))
+    with torch.cuda.device_of(outputs[0]):
+        kernel[(rows[0].number * triton.cdiv(width, block),)](
+            *(field for row in rows for field in row), *outputs, width,
+            **constants, BLOCK=block, num_warps=warps(block),
+        )  # fmt: skip
 
 
 def warps(tile: int) -> int:
