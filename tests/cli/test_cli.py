@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -53,7 +54,9 @@ def test_help_imports_nothing_heavy(in_tmp: Path) -> None:
 
 @pytest.mark.slow
 def test_first_answers_are_quick(in_tmp: Path) -> None:
-    """Medians of five, on an otherwise idle machine."""
+    """Medians of five. Another program's load says nothing about ftcore, so a busy machine is not measured."""
+    if os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1):
+        pytest.skip(f"the machine is busy: load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     start = [sys.executable, "-m", "ftcore"]
     assert seconds([*start, "--help"], in_tmp) < 0.5
     assert seconds([*start, *TINY, "+trainer=sft", "trainer.lerning_rate=1"], in_tmp) < 1.5
