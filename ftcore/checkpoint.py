@@ -57,6 +57,9 @@ def problems(model: ModelConfig, family: ModelFamily) -> list[Problem]:
     """What is wrong with the source, found without torch."""
     if model.tiny and model.shape:
         return [Problem("model.tiny", "model.tiny and model.shape are both set", "keep one of them")]
+    if model.path and (model.tiny or model.shape):
+        key = "model.tiny" if model.tiny else "model.shape"
+        return [Problem("model.path", f"model.path and {key} are both set", "keep one of them")]
     if model.shape and model.shape not in family.shapes:
         known = ", ".join(family.shapes) or "none"
         return [Problem("model.shape", f"{model.name} declares no shape '{model.shape}'", f"its shapes: {known}")]

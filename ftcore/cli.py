@@ -28,20 +28,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        from ftcore.tasks.help import show_help
-
-        show_help(TASKS)
-        return 0
-    if argv[0] in ("-V", "--version"):
-        from ftcore import __version__
-
-        print(f"ftcore {__version__}")
-        return 0
     from ftcore.errors import Exit, FtcoreError
     from ftcore.noise import quiet
 
     try:
+        if not argv or argv[0] in ("-h", "--help", "help"):
+            from ftcore.tasks.help import show_help
+
+            show_help(TASKS)
+            return 0
+        if argv[0] in ("-V", "--version"):
+            from ftcore import __version__
+
+            print(f"ftcore {__version__}")
+            return 0
         task, rest = split_task(argv)
         module = importlib.import_module(f"ftcore.tasks.{task}")
         quiet()
@@ -56,6 +56,9 @@ def run(argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away, as `head` does
         return 0
+    except OSError as error:
+        print(f"ftcore: {error}\n    fix: look at the disk and at your rights there", file=sys.stderr)
+        return int(Exit.IO)
     return int(code or 0)
 
 

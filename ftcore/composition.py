@@ -160,7 +160,8 @@ def hydra_overrides(parsed: Sequence[Override]) -> list[str]:
         if is_key and not text.startswith("hydra"):
             key, _, value = text.lstrip("+").partition("=")
             # A sweep's first composition leaves out what is swept, so a key below it must be left out as well.
-            one_of_one = key.partition(".")[0] in swept and not override.is_sweep_override()
+            below = {key.partition(".")[0], "recipe", "sweep"}  # a recipe may select anything
+            one_of_one = bool(below & swept) and not override.is_sweep_override()
             text = f"++{key}=choice({value})" if one_of_one else f"++{key}={value}"
         texts.append(text)
     return texts

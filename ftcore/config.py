@@ -108,7 +108,7 @@ class TrainerConfig(PluginConfig):
     micro_batch: int = 0
     """Rows per forward pass; 0 takes the whole global batch, up to 8."""
     global_batch: int = 8
-    """Rows per optimizer step, over all devices; gradient accumulation follows from it."""
+    """Rows per optimizer step of one process; gradient accumulation follows from it."""
     max_length: int = 1024
     """Longest row in tokens; the rest is cut off."""
     packing: bool = False

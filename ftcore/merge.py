@@ -31,12 +31,11 @@ def write_merged(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
     weights = merged_weights(base)
     target = getattr(torch, dtype) if dtype != "auto" else _sixteen_bits(weights)
     config = copy.deepcopy(base.config)
+    tied = _still_tied(base, weights)
+    config.get_text_config().tie_word_embeddings = bool(tied)
     config.dtype, config.use_cache = target, True
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    tied = {
-        name for name in getattr(base, "_tied_weights_keys", None) or () if config.get_text_config().tie_word_embeddings
-    }
     state = {n: w.to(target).cpu().contiguous() for n, w in weights.items() if n not in tied}
     with whole_folder(folder) as work:
         config.save_pretrained(work)
@@ -45,6 +44,20 @@ def write_merged(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
         tokenizer.save_pretrained(work)
         save_torch_state_dict(state, work, max_shard_size="5GB")
     return folder
+
+
+def _still_tied(base: Any, weights: dict[str, torch.Tensor]) -> set[str]:
+    """Names that the checkpoint leaves out because they equal the input embedding.
+
+    A tied model of which only the head, or only the embedding, was trained is tied no longer.
+    """
+    if not base.config.get_text_config().tie_word_embeddings:
+        return set()
+    names = set(getattr(base, "_tied_weights_keys", None) or ()) & set(weights)
+    source = next((w for n, w in weights.items() if n.endswith("embed_tokens.weight")), None)
+    if source is None or all(weights[n].shape == source.shape and bool((weights[n] == source).all()) for n in names):
+        return names
+    return set()
 
 
 def merged_weights(base: nn.Module) -> dict[str, torch.Tensor]:

@@ -29,14 +29,37 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield work
         work.chmod(0o755)
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            target.replace(old / target.name)
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent)) / target.name
+            target.replace(old)
             work.replace(target)
-            shutil.rmtree(old)
+            _dispose(old, target)
         else:
             work.replace(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _dispose(old: Path, target: Path) -> None:
+    """Delete a replaced folder, unless it holds files that the new one does not: somebody else's are kept beside it."""
+    ours = {f.relative_to(target) for f in target.rglob("*")}
+    if all(f.relative_to(old) in ours for f in old.rglob("*")):
+        shutil.rmtree(old.parent)
+        return
+    number = next(n for n in range(1, 10_000) if not (target.parent / f"{target.name}.old-{n}").exists())
+    old.replace(target.parent / f"{target.name}.old-{number}")
+    old.parent.rmdir()
+
+
+def claim_run_dir(wanted: Path) -> Path:
+    """Make the run folder; where another run was quicker, the next free number."""
+    name = wanted.name.rpartition("-")[0]
+    while True:
+        try:
+            wanted.mkdir(parents=True)
+        except FileExistsError:
+            wanted = new_run_dir(name, wanted.parent)
+        else:
+            return wanted
 
 
 def new_run_dir(name: str, root: Path = Path("runs")) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ftcore import hooks as h
+from ftcore import memory
 from ftcore.catalog import installed
 from ftcore.config import RewardConfig, RunConfig
 from ftcore.defaults.plan import PlanMaker
@@ -46,6 +47,7 @@ def load(hooks: Hooks, plan: Plan) -> Loaded:
     model = hooks.first(h.ftcore_adapt_model, plan=plan, model=model)
     fused = hooks.first(h.ftcore_patch_model, plan=plan, model=model, phase=Phase.ADAPTED)
     patches = PatchReport(claims=base.claims + fused.claims, skipped=base.skipped + fused.skipped)
+    memory.apply(plan, model)
     return Loaded(plan=plan, model=model, tokenizer=tokenizer, patches=patches)
 
 
@@ -54,9 +56,8 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
 
     Raises Refused before any weight is read when something is wrong.
     """
-    from ftcore import memory
     from ftcore.answers import answers_to
-    from ftcore.record import RunFolder, Stopwatch
+    from ftcore.record import RunFolder, Stopwatch, claimed
 
     watch = Stopwatch()
     hooks, plan = prepare(config, plugins)
@@ -64,6 +65,7 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         raise Refused(
             Problem("trainer", "no trainer is selected", "add +trainer=NAME; `ftcore plugins trainer` lists them")
         )
+    plan = claimed(plan)
     with RunFolder(plan) as folder:
         loaded = load(hooks, plan)
         model, tokenizer = loaded.model, loaded.tokenizer
@@ -79,7 +81,6 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         before = answers_to(prompts, model, tokenizer, plan.run.sampling)
         watch.lap("answers_before")
 
-        memory.apply(plan, model)
         rewards = hooks.collect(h.ftcore_rewards, plan=plan)
         callbacks = hooks.collect(h.ftcore_callbacks, plan=plan)
         generator = hooks.maybe(h.ftcore_make_generator, plan=plan, model=model, tokenizer=tokenizer)
@@ -138,7 +139,8 @@ def _on_sample(plan: Plan) -> bool:
 
 
 def _rewarded(hooks: Hooks) -> bool:
-    return any(not name.startswith("core/") for name in hooks.who_answers(h.ftcore_rewards))
+    # A wrapper alone gives no reward.
+    return any(not name.startswith(("core/", "~")) for name in hooks.who_answers(h.ftcore_rewards))
 
 
 def _sample_reward(config: RunConfig, hooks: Hooks) -> str | None:

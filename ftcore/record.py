@@ -6,7 +6,7 @@ import json
 import math
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any
 
 from ftcore import report
 from ftcore.composition import record
-from ftcore.paths import whole_folder
+from ftcore.config import RunConfig
+from ftcore.paths import claim_run_dir, whole_folder
 from ftcore.specs import Loaded, PatchReport, Plan, RunResult, TrainReport
 
 RUN_FILE = "run.json"
@@ -38,6 +39,24 @@ class Stopwatch:
         self._last = now
 
 
+def claimed(plan: Plan) -> Plan:
+    """The plan with its run folder made; a folder that ftcore numbers is this run's alone."""
+    if plan.run.output_dir is None:
+        return replace(plan, output_dir=claim_run_dir(plan.output_dir))
+    plan.output_dir.mkdir(parents=True, exist_ok=True)
+    return plan
+
+
+def with_absolute_paths(run: RunConfig) -> RunConfig:
+    """The config as it can be used from any folder: files of the user's by their whole path."""
+
+    def whole(text: str) -> str:
+        name, colon, function = text.rpartition(":") if ".py:" in text else (text, "", "")
+        return str(Path(name).expanduser().resolve()) + colon + function if Path(name).expanduser().exists() else text
+
+    return replace(run, plugins=[whole(p) for p in run.plugins], rewards=[whole(r) for r in run.rewards])
+
+
 class RunFolder:
     """Writes config.yaml and run.json at the start, and the outcome at the end, also of a run that fails."""
 
@@ -47,7 +66,7 @@ class RunFolder:
         self._state: dict[str, Any] = {}
 
     def __enter__(self) -> RunFolder:
-        record(self._plan.run, self._path)
+        record(with_absolute_paths(self._plan.run), self._path)
         self._state = {
             "status": "running",
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -65,7 +84,8 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._state |= {"status": "failed", "error": f"{kind.__name__}: {error}"}
+            status = "stopped" if issubclass(kind, KeyboardInterrupt) else "failed"
+            self._state |= {"status": status, "error": f"{kind.__name__}: {error}"}
             self._write()
 
     def show_patches(self, patches: PatchReport) -> None:
@@ -125,12 +145,12 @@ def show_result(result: RunResult) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """run.json of a run folder, or None where there is none."""
-    file = folder / RUN_FILE
-    if not file.is_file():
+    """run.json of a run folder, or None where there is none, or one that is damaged or not ftcore's."""
+    try:
+        state = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # ValueError: neither UTF-8 nor JSON
         return None
-    state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return state
+    return state if isinstance(state, dict) and isinstance(state.get("status"), str) else None
 
 
 def _version(name: str) -> str | None:

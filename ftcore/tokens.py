@@ -97,8 +97,23 @@ def assistant_spans(
                     Exit.DATA,
                 )
             )
+        if _leaves_out_calls(message, upto[len(before) :]):
+            raise Refused(
+                Problem(
+                    "data",
+                    f"the chat template leaves out the tool calls of turn {index + 1}",
+                    "use a checkpoint whose chat template renders tool calls, or take these rows out",
+                    Exit.DATA,
+                )
+            )
         spans.append((len(before), _end_of_turn(tokenizer, upto, len(before))))
     return spans
+
+
+def _leaves_out_calls(message: Mapping[str, Any], said: str) -> bool:
+    """Whether a function that the turn calls is not named in its text: it would be trained to say nothing instead."""
+    calls = [call for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+    return any(str((call.get("function") or call).get("name") or "") not in said for call in calls)
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, upto: str, start: int) -> int:

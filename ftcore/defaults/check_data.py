@@ -34,8 +34,8 @@ def check_evaluation(plan: Plan) -> Iterator[Problem]:
             "needs evaluations while it trains",
             "set trainer.eval_steps, such as trainer.eval_steps=50",
         )
-    if not 0 <= data.eval_size < math.inf:
-        yield Problem("data.eval_size", f"is {data.eval_size}", "give a fraction below 1, or a number of rows")
+    if not 0 <= data.eval_size < math.inf or (data.eval_size > 1 and data.eval_size != int(data.eval_size)):
+        yield Problem("data.eval_size", f"is {data.eval_size}", "give a fraction below 1, or a whole number of rows")
     if data.streaming and trainer.max_steps < 1:
         yield Problem("data.streaming", "a streamed data set has no known length", "set trainer.max_steps")
     if data.streaming and 0 < data.eval_size < 1 and not data.eval_path:

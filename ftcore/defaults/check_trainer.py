@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 
 from ftcore.catalog import nearest
+from ftcore.config import TrainerConfig
 from ftcore.errors import Problem
 from ftcore.sources import argument_names, enum_values
 from ftcore.specs import Plan
@@ -21,6 +22,17 @@ FROM_0 = (
     "early_stopping",
     "seed",
 )
+
+PARTS_OR_STEPS = ("eval_steps", "save_steps")
+"""Below 1 a part of the run, else a number of steps."""
+SCHEDULE_ARGUMENTS = {
+    "cosine_with_min_lr": "min_lr_rate: 0.1",
+    "cosine_warmup_with_min_lr": "min_lr_rate: 0.1",
+    "warmup_stable_decay": "num_decay_steps: 10",
+}
+"""Schedules that do not work without an argument, and an example of it."""
+SCHEDULES_BY_LOSS = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that follow the held-out loss."""
 
 
 def check_arguments(plan: Plan) -> Iterator[Problem]:
@@ -62,6 +74,10 @@ def check_numbers(plan: Plan) -> Iterator[Problem]:
     if trainer is None:
         return
     yield from _range("trainer", trainer, ABOVE_0, FROM_0)
+    for key in PARTS_OR_STEPS:
+        value = getattr(trainer, key)
+        if 1 < value < math.inf and value != int(value):
+            yield Problem(f"trainer.{key}", f"is {value}", "give a whole number of steps, or a part of the run below 1")
     if trainer.micro_batch > 0 and trainer.global_batch > 0 and trainer.global_batch % trainer.micro_batch:
         divisors = [str(n) for n in range(1, trainer.global_batch + 1) if trainer.global_batch % n == 0]
         message = f"{trainer.micro_batch} does not divide trainer.global_batch={trainer.global_batch}"
@@ -76,11 +92,23 @@ def check_numbers(plan: Plan) -> Iterator[Problem]:
         yield Problem(
             "trainer.epochs", f"is {trainer.epochs} and trainer.max_steps is not set", "set one of them above 0"
         )
+    yield from _schedule(trainer)
+
+
+def _schedule(trainer: TrainerConfig) -> Iterator[Problem]:
+    """The schedule exists, and has what it needs."""
     known = enum_values("transformers.trainer_utils:SchedulerType")
     if known and trainer.schedule not in known:
         near = nearest(trainer.schedule, known)
         fix = f"did you mean trainer.schedule={near}?" if near else f"schedules: {', '.join(known)}"
         yield Problem("trainer.schedule", f"there is no schedule '{trainer.schedule}'", fix)
+    example = SCHEDULE_ARGUMENTS.get(trainer.schedule)
+    if example and not trainer.args.get("lr_scheduler_kwargs"):
+        fix = f"add 'trainer.args.lr_scheduler_kwargs={{{example}}}', or use trainer.schedule=cosine"
+        yield Problem("trainer.schedule", f"'{trainer.schedule}' needs an argument of its own", fix)
+    if trainer.schedule in SCHEDULES_BY_LOSS and not trainer.eval_steps:
+        fix = "set trainer.eval_steps, such as trainer.eval_steps=50, or use trainer.schedule=cosine"
+        yield Problem("trainer.schedule", f"'{trainer.schedule}' needs evaluations while it trains", fix)
 
 
 def _range(path: str, config: object, above_0: Iterable[str] = (), from_0: Iterable[str] = ()) -> Iterator[Problem]:

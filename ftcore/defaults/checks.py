@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from ftcore import checkpoint
 from ftcore.catalog import installed
@@ -116,8 +120,17 @@ def _folders(plan: Plan) -> Iterator[Problem]:
         there = there.parent
     if not there.is_dir():
         yield Problem("output_dir", f"{there} is a file", "name a folder")
-    if run.trainer is None or run.resume is None:
+    elif run.trainer is not None and not os.access(there, os.W_OK):
+        yield Problem("output_dir", f"nothing can be written into {there}", "name another folder", Exit.IO)
+    if run.trainer is None:
         return
+    if run.resume is None:
+        kept = [name for name in RUN_FILES if (plan.output_dir / name).exists()]
+        if kept:
+            fix = "name another folder, or go on with that run: resume=last"
+            yield Problem("output_dir", f"{plan.output_dir} already holds a run ({kept[0]})", fix)
+        return
+    yield from _same_run(plan)
     if run.resume == "last":
         folder = plan.output_dir / "checkpoints"
         if not any(folder.glob("checkpoint-*")):
@@ -127,6 +140,31 @@ def _folders(plan: Plan) -> Iterator[Problem]:
         what = "is no checkpoint of a run" if Path(run.resume).is_dir() else "does not exist"
         fix = "name a folder such as RUN/checkpoints/checkpoint-50, or write resume=last with output_dir=RUN"
         yield Problem("resume", f"{run.resume} {what}", fix, Exit.MISSING_INPUT)
+
+
+RUN_FILES = ("config.yaml", "run.json", "trained", "metrics.jsonl")
+"""What a run leaves in its folder: never written over by another one."""
+
+
+def _same_run(plan: Plan) -> Iterator[Problem]:
+    """A run that goes on in its own folder keeps its model, adapter and quantizer, and has steps left."""
+    record = plan.output_dir / "config.yaml"
+    if plan.run.resume != "last" or not record.is_file():
+        return
+    recorded = yaml.safe_load(record.read_text(encoding="utf-8"))
+    for kind in ("model", "quantizer", "adapter"):
+        now: Any = getattr(plan.run, kind)
+        old, new = recorded.get(kind) or {}, asdict(now) if now is not None else {}
+        for key in sorted({*old, *new}):
+            value = getattr(new.get(key), "value", new.get(key))
+            if old.get(key) != value:
+                message = f"was {old.get(key)} when the run began, and is {value}"
+                yield Problem(f"{kind}.{key}", message, "leave it as it was, or start a new run without resume")
+    steps = [int(folder.name.rpartition("-")[2]) for folder in (plan.output_dir / "checkpoints").glob("checkpoint-*")]
+    limit = plan.run.trainer.max_steps if plan.run.trainer else -1
+    if steps and 0 < limit <= max(steps):
+        message = f"is {limit}, and the run has done {max(steps)} steps already"
+        yield Problem("trainer.max_steps", message, "give a larger number")
 
 
 def _rewards(plan: Plan) -> Iterator[Problem]:

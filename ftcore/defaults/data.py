@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftcore.errors import Exit, Problem, Refused
 from ftcore.hooks import hookimpl
 from ftcore.manager import import_function
-from ftcore.rows import LOADERS, local_files
+from ftcore.rows import iter_rows, local_files
 from ftcore.specs import Plan
 from ftcore.tokens import IGNORED, tokenize_row
 
@@ -40,31 +42,41 @@ def ftcore_load_dataset(plan: Plan) -> DatasetDict:
 
 
 def _read(path: str, split: str, streaming: bool) -> Dataset | IterableDataset:
-    from datasets import load_dataset
-
     files = local_files(path)
     if files is None:
-        try:
-            return load_dataset(path, split=split, streaming=streaming)
-        except (
-            Exception
-        ) as error:  # the hub's and the network's errors are many; all mean that the rows are not to be had
-            message = f"the data set {path} cannot be loaded ({type(error).__name__})"
-            raise Refused(
-                Problem(
-                    "data.path", message, "give a local file, or check the hub id and data.split", Exit.MISSING_INPUT
-                )
-            ) from error
-    loaders = {LOADERS[file.suffix] for file in files}
-    if len(loaders) > 1:
-        raise Refused(
-            Problem(
-                "data.path", f"{path} mixes kinds of files: {', '.join(sorted(loaders))}", "name one file", Exit.DATA
-            )
-        )
-    names = [str(Path(file)) for file in files]
-    options = {"delimiter": "\t"} if files[0].suffix == ".tsv" else {}
-    return load_dataset(loaders.pop(), data_files=names, split="train", streaming=streaming, **options)
+        return _from_hub(path, split, streaming)
+    if all(file.suffix == ".parquet" for file in files):  # typed, and often large
+        from datasets import load_dataset
+
+        names = [glob.escape(str(file)) for file in files]
+        return load_dataset("parquet", data_files=names, split="train", streaming=streaming)
+    # The reader that checked the rows reads them again: another one would guess other types of `01001` and `None`.
+    from datasets import Dataset, IterableDataset
+
+    if streaming:
+        return IterableDataset.from_generator(_rows, gen_kwargs={"files": files})
+    rows = list(_rows(files))
+    columns = dict.fromkeys(name for row in rows for name in row)
+    try:
+        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
+    except (TypeError, ValueError, OverflowError) as error:  # what Arrow raises
+        message = f"a column holds values of several kinds: {' '.join(str(error).split())[:120]}"
+        raise Refused(Problem(path, message, "give each column one kind of value", Exit.DATA)) from error
+
+
+def _rows(files: list[Path]) -> Iterator[dict[str, Any]]:
+    return (dict(row) for file in files for _, row in iter_rows(file))
+
+
+def _from_hub(path: str, split: str, streaming: bool) -> Dataset | IterableDataset:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(path, split=split, streaming=streaming)
+    except Exception as error:  # the hub's and the network's errors are many; all mean that the rows are not to be had
+        message = f"the data set {path} cannot be loaded ({type(error).__name__})"
+        fix = "give a local file, or check the hub id and data.split"
+        raise Refused(Problem("data.path", message, fix, Exit.MISSING_INPUT)) from error
 
 
 @hookimpl(trylast=True)

@@ -40,6 +40,11 @@ def through_hydra(argv: Sequence[str]) -> None:
     flags, words = split_flags(words)
     parsed = parse(words)
     check_overrides(parsed, installed(), recorded=False)
+    swept = any(override.is_sweep_override() for override in parsed)
+    for override in parsed:
+        if override.key_or_group == "output_dir" and swept and not override.is_sweep_override():
+            message = "all runs of a sweep would write into one folder"
+            raise Refused(Problem("output_dir", message, "name the folder of the sweep: hydra.sweep.dir=FOLDER"))
     for single in islice(single_runs(parsed), CHECKED):
         typed(compose(single, folder))
     register()

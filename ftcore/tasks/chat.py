@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ def main(argv: list[str]) -> int:
     sampling = config.sampling
     opening = [{"role": "system", "content": sampling.system}] if sampling.system else []
     messages = list(opening)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 spoils its letter, not the conversation
     on_terminal = sys.stdin.isatty()
     if on_terminal:
         note("Write a message; an empty line starts a new conversation, Ctrl-D ends.")

@@ -20,7 +20,10 @@ MARK = ("[[", "]]")
 
 def main(argv: list[str]) -> int:
     """Print rows; the tokenizer is loaded, the weights are not."""
-    hooks, plan = pipeline.prepare(config_of(argv))
+    config = config_of(argv)
+    if config.preview.rows < 1:
+        raise Refused(Problem("preview.rows", f"is {config.preview.rows}", "give a number above 0"))
+    hooks, plan = pipeline.prepare(config)
     if plan.trainer is None:
         raise Refused(Problem("trainer", "the rows depend on the trainer, and none is selected", "add +trainer=sft"))
     tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)

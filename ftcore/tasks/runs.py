@@ -36,16 +36,17 @@ def _found(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _line(path: Path, state: dict[str, Any]) -> tuple[object, ...]:
-    metrics = state.get("metrics", {})
+    metrics = state.get("metrics")
+    metrics = metrics if isinstance(metrics, dict) else {}
     return (
         path,
         state["status"],
         state.get("steps", "-"),
         _number(metrics.get("loss_last")),
         _number(metrics.get("eval_loss")),
-        state["started"],
+        state.get("started", "-"),
     )
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "-"

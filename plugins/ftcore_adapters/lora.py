@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftcore import AdapterConfig, Plan, Problem, hookimpl
+from ftcore.catalog import nearest
 from ftcore.errors import Exit
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
+
+WHOLE = ("lm_head", "embed_tokens", "score", "classifier")
+"""Modules besides the family's linear layers that are trained whole."""
 
 
 class Variant(Enum):
@@ -56,7 +62,7 @@ class Config(AdapterConfig):
 
 @hookimpl
 def ftcore_check_plan(plan: Plan) -> list[Problem]:
-    """Rank and dropout in range; a saved adapter is there; targets that the family knows."""
+    """Rank and dropout in range; a saved adapter is there and fits; targets and modules that the family knows."""
     config = plan.config(Config)
     found = []
     if config.r < 1:
@@ -66,6 +72,8 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
     if config.path and not (Path(config.path) / "adapter_config.json").is_file():
         message = f"{config.path} holds no adapter_config.json"
         found.append(Problem("adapter.path", message, "give the folder of a saved adapter", Exit.MISSING_INPUT))
+    elif config.path:
+        found += _differences(config, Path(config.path) / "adapter_config.json")
     known = plan.family.lora_targets
     if strange := [t for t in config.targets if t not in known]:
         found.append(
@@ -73,6 +81,11 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
                 "adapter.targets", f"the family has no linear layer '{strange[0]}'", f"its layers: {', '.join(known)}"
             )
         )
+    modules = (*WHOLE, *known)
+    if strange := [m for m in config.modules_to_save if m.rpartition(".")[2] not in modules]:
+        near = nearest(strange[0], modules)
+        fix = f"did you mean '{near}'?" if near else f"known: {', '.join(modules)}"
+        found.append(Problem("adapter.modules_to_save", f"the family has no module '{strange[0]}'", fix))
     if config.init in (Init.pissa, Init.olora) and plan.run.quantizer:
         found.append(
             Problem(
@@ -82,6 +95,28 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
             )
         )
     return found
+
+
+def _differences(config: Config, file: Path) -> Iterator[Problem]:
+    """Settings that were asked for, but that the saved adapter has otherwise: loading it takes its own."""
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        fix = "the adapter is damaged; give another folder"
+        yield Problem("adapter.path", f"{file} is not JSON, or no object", fix, Exit.DATA)
+        return
+    variant = "dora" if saved.get("use_dora") else "rslora" if saved.get("use_rslora") else "lora"
+    for key, asked, usual, kept in (
+        ("r", config.r, Config.r, saved.get("r")),
+        ("alpha", config.alpha, Config.alpha, saved.get("lora_alpha")),
+        ("variant", config.variant.value, Config.variant.value, variant),
+    ):
+        if kept is not None and asked not in (usual, kept):
+            message = f"is {asked}, but the adapter saved in {file.parent} has {kept}"
+            what = {"r": "rank"}.get(key, key)
+            yield Problem(f"adapter.{key}", message, f"a saved adapter keeps its {what}: leave adapter.{key} out")
 
 
 @hookimpl

@@ -27,14 +27,19 @@ def ftcore_data_format() -> DataFormat:
 
 
 def check(row: Row) -> str | None:
-    """An instruction and an output with words in them; history as pairs."""
+    """An instruction and an output with words in them; the system message is text, and the history pairs of text."""
     if reason := missing(row, "instruction", "output") or not_text(row, "instruction") or not_text(row, "output"):
         return reason
-    if row.get("input") is not None and (reason := not_text(row, "input", empty_ok=True)):
-        return reason
+    for column in ("input", "system"):
+        if row.get(column) is not None and (reason := not_text(row, column, empty_ok=True)):
+            return reason
     history = row.get("history") or []
     if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
         return 'column \'history\' is not a list of [question, answer] pairs\nwrite it as [["question", "answer"], ...]'
+    for number, pair in enumerate(history, 1):
+        if not all(isinstance(text, str) and text.strip() for text in pair):
+            fix = "put text in both, or take the pair out"
+            return f"column 'history': pair {number} has a question or an answer that is empty or not text\n{fix}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,28 @@ def ftcore_data_format() -> DataFormat:
 
 
 def check(row: Row) -> str | None:
-    """Known roles, no empty turn, at least one answer."""
-    return missing(row, "messages") or check_messages(row["messages"])
+    """Known roles, no empty turn, at least one answer; tools as a list, or as the JSON text of one."""
+    return missing(row, "messages") or check_messages(row["messages"]) or _check_tools(row)
 
 
 def convert(row: Row) -> dict[str, Any]:
     """Already in shape; null keys that `datasets` adds go."""
-    tools = {"tools": row["tools"]} if row.get("tools") else {}
-    return {"messages": plain_messages(row["messages"]), **tools}
+    tools = _tools(row)
+    return {"messages": plain_messages(row["messages"]), **({"tools": tools} if tools else {})}
+
+
+def _tools(row: Row) -> Any:
+    """The row's tools; many data sets keep them as JSON text, since their parameters differ."""
+    tools = row.get("tools")
+    return json.loads(tools.strip() or "[]") if isinstance(tools, str) else tools
+
+
+def _check_tools(row: Row) -> str | None:
+    fix = 'write the tools as [{"type": "function", "function": {...}}, ...], or take the column out'
+    try:
+        tools = _tools(row)
+    except (ValueError, RecursionError) as error:
+        return f"column 'tools' is text that is not JSON: {error}\n{fix}"
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        return f"column 'tools' is not a list of objects\n{fix}"
+    return None

@@ -20,11 +20,16 @@ class Config(ExportConfig):
 
 @hookimpl
 def ftcore_check_plan(plan: Plan) -> list[Problem]:
-    """A dtype that exists."""
-    dtype = plan.config(Config).dtype
+    """A dtype that exists, and an adapter that can be merged."""
+    dtype, found = plan.config(Config).dtype, []
     if dtype not in DTYPES:
-        return [Problem("export.safetensors.dtype", f"'{dtype}' is no dtype", f"use one of {', '.join(DTYPES)}")]
-    return []
+        fix = f"use one of {', '.join(DTYPES)}"
+        found.append(Problem("export.safetensors.dtype", f"'{dtype}' is no dtype", fix))
+    variant = getattr(plan.run.adapter, "variant", None)
+    if plan.run.quantizer and getattr(variant, "value", variant) == "dora":
+        message = "DoRA over quantized weights cannot be merged exactly"
+        found.append(Problem("export", message, "export the adapter, or train over 16-bit weights"))
+    return found
 
 
 @hookimpl

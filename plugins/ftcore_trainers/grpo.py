@@ -26,7 +26,7 @@ class Config(TrainerConfig):
     learning_rate: float = 1e-5
     """Peak learning rate."""
     global_batch: int = 8
-    """Completions per optimizer step, over all devices; a multiple of `num_generations`."""
+    """Completions per optimizer step of one process; a multiple of `num_generations`."""
     num_generations: int = 4
     """Completions per prompt: the group whose mean reward is the baseline."""
     max_completion_length: int = 64
@@ -118,6 +118,9 @@ def ftcore_make_trainer(
         "loss_type": config.loss_type,
         **shared(plan, "eval" in dataset),
     }
+    # Groups are evaluated whole.
+    rows, group = arguments["per_device_eval_batch_size"], config.num_generations
+    arguments["per_device_eval_batch_size"] = -(-rows // group) * group
     with kept_dtypes(model):
         return quiet(
             GeneratorGRPOTrainer(

@@ -53,11 +53,7 @@ def load(work: argparse.Namespace) -> Any:
 
     hooks, plan = pipeline.prepare(validated(overrides(work)))
     if work.side == "ftcore":
-        from ftcore import memory
-
-        model: Any = pipeline.load(hooks, plan).model
-        memory.apply(plan, model)
-        return model
+        return pipeline.load(hooks, plan).model
     return load_plain(work, plan)
 
 

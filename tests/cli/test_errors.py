@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -67,6 +68,10 @@ FILES: dict[str, str | bytes] = {
     "speaker.jsonl": '{"conversations": [{"from": "human", "value": "x"}, {"from": "robot", "value": "x"}]}\n',
     "alpaca.jsonl": '{"instruction": "x", "output": ""}\n',
     "history.jsonl": '{"instruction": "x", "output": "y", "history": ["a"]}\n',
+    "pair.jsonl": '{"instruction": "x", "output": "y", "history": [["a", "b"], ["c", ""]]}\n',
+    "system.jsonl": '{"instruction": "x", "output": "y", "system": 5}\n',
+    "tools.jsonl": GOOD + GOOD.replace("}\n", ', "tools": "[{"}\n') + GOOD.replace("}\n", ', "tools": "[]"}\n'),
+    "tool.jsonl": GOOD + GOOD.replace("}\n", ', "tools": "1"}\n') + GOOD.replace("}\n", ', "tools": "[1]"}\n'),
     "words.jsonl": '{"text": "hello"}\n{"text": ""}\n',
     "number.jsonl": '{"text": 5}\n',
     "strange.jsonl": '{"foo": "x", "bar": 1}\n',
@@ -91,6 +96,8 @@ FILES: dict[str, str | bytes] = {
     # checkpoints, runs and recipes
     "mistral/config.json": '{"model_type": "mistral"}',
     "quantized/config.json": '{"model_type": "qwen3", "quantization_config": {"quant_method": "bitsandbytes"}}',
+    "saved/adapter_config.json": '{"r": 8, "lora_alpha": 64, "use_dora": true}',
+    "damaged/adapter_config.json": "{",
     "recorded/config.yaml": "model: {name: qwen3, tiny: true}\nadapter: {name: lora}\ntrainer: {name: sft}\n",
     "conf/recipe/mine.yaml": recipe("defaults: [{/model: qwen3}, {/trainer: sft}]\n"),
     "conf/recipe/typo.yaml": recipe("defaults: [{/model: qwen3}, {/trainer: sft}]\ntrainer: {lerning_rate: 1}\n"),
@@ -208,6 +215,15 @@ CASES = {
     "zero-steps": wrong(f"{SFT} trainer.max_steps=0", CONFIG, "trainer.max_steps: is 0", "or -1"),
     "zero-epochs": wrong(f"{SFT} trainer.epochs=0", CONFIG, "trainer.epochs: is 0", "set one of them"),
     "negative-part": wrong(f"{SFT} data.eval_size=-1", CONFIG, "data.eval_size: is -1", "a fraction below 1"),
+    "part-of-a-row": wrong(f"{SFT} data.eval_size=1.5", CONFIG, "data.eval_size: is 1.5", "a whole number of rows"),
+    "part-of-a-step": wrong(
+        f"{SFT} trainer.save_steps=2.5 trainer.eval_steps=1.5",
+        CONFIG,
+        "trainer.save_steps: is 2.5",
+        "trainer.eval_steps: is 1.5",
+        "a whole number of steps",
+    ),
+    "no-rows-shown": wrong(f"preview {SFT} preview.rows=0", CONFIG, "preview.rows: is 0", "above 0"),
     "all-held-out": wrong(
         f"{SFT} data.path=good.jsonl data.eval_size=3", CONFIG, "data.eval_size: holds out 3 of 3", "smaller"
     ),
@@ -219,6 +235,15 @@ CASES = {
         f"{SFT} trainer.micro_batch=3", CONFIG, "trainer.micro_batch: 3 does not divide", "1, 2, 4, 8"
     ),
     "schedule": wrong(f"{SFT} trainer.schedule=liner", CONFIG, "'liner'", "did you mean trainer.schedule=linear?"),
+    "schedule-floor": wrong(
+        f"{SFT} trainer.schedule=cosine_with_min_lr", CONFIG, "trainer.schedule", "lr_scheduler_kwargs={min_lr_rate"
+    ),
+    "schedule-decay": wrong(
+        f"{SFT} trainer.schedule=warmup_stable_decay", CONFIG, "trainer.schedule", "{num_decay_steps: 10}"
+    ),
+    "schedule-by-loss": wrong(
+        f"{SFT} trainer.schedule=reduce_lr_on_plateau", CONFIG, "trainer.schedule", "set trainer.eval_steps"
+    ),
     # Options that exclude one another, and what is asked for in vain.
     "full-of-4-bit": wrong(
         f"{SFT} +quantizer=bnb_nf4 adapter=full", CONFIG, "adapter: ", "bnb_nf4", "use adapter=lora"
@@ -233,10 +258,31 @@ CASES = {
     "adapter-of-full": wrong(
         f"{SFT} adapter=full +export=[adapter]", CONFIG, "export: adapter=full", "+export=[safetensors]"
     ),
+    "merged-dora-of-4-bit": wrong(
+        f"{SFT} +quantizer=bnb_nf4 adapter.variant=dora +export=[safetensors]",
+        CONFIG,
+        "export: DoRA over quantized weights cannot be merged",
+        "export the adapter",
+    ),
     "no-gpu": wrong(
         f"{SFT} kernels=[triton]", CONFIG, "kernels=[triton] needs a GPU", "use kernels=[auto]", torch=True
     ),
     "lora-targets": wrong(f"{SFT} adapter.targets=[q_prj]", CONFIG, "adapter.targets", "'q_prj'", "q_proj"),
+    "lora-modules": wrong(
+        f"{SFT} adapter.modules_to_save=[lm_haed]", CONFIG, "adapter.modules_to_save", "'lm_haed'", "mean 'lm_head'?"
+    ),
+    "saved-rank": wrong(
+        f"{SFT} adapter.path=saved adapter.r=4", CONFIG, "adapter.r: is 4, but", "has 8", "keeps its rank"
+    ),
+    "saved-variant": wrong(
+        f"{SFT} adapter.path=saved adapter.variant=rslora adapter.alpha=7",
+        CONFIG,
+        "adapter.variant: is rslora, but",
+        "has dora",
+        "adapter.alpha: is 7.0",
+        "has 64",
+    ),
+    "saved-damaged": wrong(f"{SFT} adapter.path=damaged", DATA, "adapter.path: damaged", "not JSON", "damaged"),
     "stream-without-end": wrong(f"{SFT} data.streaming=true", CONFIG, "data.streaming", "set trainer.max_steps"),
     "part-of-a-stream": wrong(
         f"{SFT} data.streaming=true trainer.max_steps=5 data.eval_size=0.1",
@@ -355,6 +401,10 @@ CASES = {
     "family": wrong(f"{BIG} model.path=mistral", CONFIG, "'mistral' checkpoint, but qwen3 takes", "+model="),
     "shape": wrong(f"{BIG} model.shape=qwen3-1b", CONFIG, "model.shape: qwen3 declares no shape", "qwen3-0.6b"),
     "tiny-and-shape": wrong(f"{SFT} model.shape=qwen3-0.6b", CONFIG, "model.tiny and model.shape", "keep one"),
+    "tiny-and-path": wrong(f"{SFT} model.path=mistral", CONFIG, "model.path and model.tiny", "keep one"),
+    "shape-and-path": wrong(
+        f"{BIG} model.path=mistral model.shape=qwen3-0.6b", CONFIG, "model.path and model.shape", "keep one"
+    ),
     # Rows.
     "row-json": wrong(f"{SFT} data.path=broken.jsonl", DATA, "broken.jsonl:2: is not JSON", "one whole JSON object"),
     "row-utf-8": wrong(f"{SFT} data.path=latin.jsonl", DATA, "latin.jsonl:2: is not UTF-8", "as UTF-8"),
@@ -393,6 +443,22 @@ CASES = {
     ),
     "row-history": wrong(
         f"{SFT} data=alpaca data.path=history.jsonl", DATA, "history.jsonl:1: column 'history'", '[["question"'
+    ),
+    "row-history-pair": wrong(
+        f"{SFT} data=alpaca data.path=pair.jsonl", DATA, "pair.jsonl:1: column 'history': pair 2", "take the pair out"
+    ),
+    "row-system": wrong(
+        f"{SFT} data=alpaca data.path=system.jsonl", DATA, "system.jsonl:1: column 'system' is a number", "put text"
+    ),
+    "row-tools-json": wrong(
+        f"{SFT} data.path=tools.jsonl", DATA, "tools.jsonl:2: column 'tools' is text that is not JSON", "function"
+    ),
+    "row-tools": wrong(
+        f"{SFT} data=messages data.path=tool.jsonl",
+        DATA,
+        "tool.jsonl:2: column 'tools' is not a list",
+        "1 more row",
+        "function",
     ),
     "row-text": wrong(f"{SFT} data.path=words.jsonl", DATA, "words.jsonl:2: column 'text' is empty", "put text in"),
     "row-number": wrong(
@@ -739,6 +805,55 @@ def test_weights_that_are_not_here(package: str, words: str, code: int, says: st
     done = call([sys.executable, "-c", script, *shlex.split(words)], in_tmp, HF_HOME=str(in_tmp / "hub"))
     assert done.returncode == code, done.stderr
     check_message(done.stderr, says, "    fix: ")
+
+
+def test_a_foreign_or_damaged_run_file_is_no_run(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {"damaged": b"{", "latin": b"\xe9", "list": b"[1]", "foreign": b'{"a": 1}', "odd": b'{"status": 1}'}
+    texts["mine"] = b'{"status": "done", "metrics": {"loss_last": "x"}}'
+    for name, text in texts.items():
+        (in_tmp / "runs" / name).mkdir(parents=True)
+        (in_tmp / "runs" / name / "run.json").write_bytes(text)
+    assert cli.run(["runs"]) == 0
+    out = capsys.readouterr().out
+    assert "runs/mine" in out
+    assert not any(f"runs/{name}" in out for name in texts if name != "mine")
+
+
+def test_tools_as_text_are_read() -> None:
+    from ftcore_data.messages import check, convert
+
+    tool = {"type": "function", "function": {"name": "now"}}
+    row = json.loads(GOOD) | {"tools": json.dumps([tool])}
+    assert check(row) is None
+    assert convert(row)["tools"] == [tool]
+    assert "tools" not in convert(row | {"tools": "[]"}) | convert(row | {"tools": " "})
+
+
+def test_a_schedule_with_its_arguments_passes(in_tmp: Path) -> None:
+    words = f"{SFT} trainer.schedule=cosine_with_min_lr 'trainer.args.lr_scheduler_kwargs={{min_lr_rate: 0.1}}'"
+    assert cli.run(["plan", *shlex.split(words)]) == 0
+
+
+def test_a_saved_adapter_that_is_asked_for_as_it_is_passes(in_tmp: Path) -> None:
+    lay_out("saved", in_tmp)
+    for words in ("", "adapter.r=8", "adapter.r=8 adapter.alpha=64 adapter.variant=dora"):
+        assert cli.run(["plan", *shlex.split(f"{SFT} adapter.path=saved {words}")]) == 0
+
+
+def test_chat_takes_bytes_that_are_no_utf_8(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from types import SimpleNamespace
+
+    from ftcore.tasks import chat
+
+    heard: list[str] = []
+    monkeypatch.setattr(chat, "load_trained", lambda config: SimpleNamespace(model=None, tokenizer=None))
+    monkeypatch.setattr(chat, "answer", lambda messages, *_: heard.append(messages[-1]["content"]) or "ho")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert chat.main(shlex.split(TINY)) == 0
+    assert heard == ["caf\ufffd"]
+    assert "ho" in capsys.readouterr().out
 
 
 # Whatever is typed.

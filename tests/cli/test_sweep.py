@@ -72,3 +72,9 @@ def test_wrong_keys_of_a_sweep_are_refused_first(in_tmp: Path, capsys) -> None:
     assert sweep("+trainer=sft", "trainer.lerning_rate=1,2") == 2
     assert "did you mean trainer.learning_rate?" in capsys.readouterr().err
     assert not (in_tmp / "runs").exists() or not list((in_tmp / "runs").rglob("run.json"))
+
+
+def test_runs_of_a_sweep_never_share_a_folder(in_tmp: Path, capsys) -> None:
+    assert sweep("+trainer=sft", "output_dir=one") == 2
+    assert "hydra.sweep.dir=" in capsys.readouterr().err
+    assert list(in_tmp.iterdir()) == []

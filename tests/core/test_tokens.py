@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftcore.bytes_tokenizer import CHATML, byte_tokenizer
-from ftcore.errors import Refused
+from ftcore.errors import Exit, Refused
 from ftcore.specs import Shape
 from ftcore.tokens import IGNORED, tokenize_row
 
@@ -74,6 +74,23 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
     tokenizer = byte_tokenizer("{{ messages | length }}" + CHATML)
     with pytest.raises(Refused, match="rewrites earlier turns"):
         tokenize_row(tokenizer, messages("Hi", "Hello."), Shape.MESSAGES, 1000)
+
+
+CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": {}}}]}
+
+
+@pytest.mark.parametrize("content", [None, "", "Let me look."])
+def test_a_template_that_leaves_out_tool_calls_is_refused(content: str | None) -> None:
+    row = {"messages": [{"role": "user", "content": "Hi"}, {**CALL, "content": content}]}
+    with pytest.raises(Refused, match="leaves out the tool calls of turn 2") as refused:
+        tokenize_row(TOKENIZER, row, Shape.MESSAGES, 1000)
+    assert refused.value.code == Exit.DATA
+
+
+def test_tool_calls_that_are_rendered_are_trained() -> None:
+    tokenizer = byte_tokenizer(CHATML.replace("<|im_end|>", "{{ (message.tool_calls or '') | tojson }}<|im_end|>"))
+    row = tokenize_row(tokenizer, {"messages": [{"role": "user", "content": "Hi"}, CALL]}, Shape.MESSAGES, 1000)
+    assert '"name": "now"' in trained_text(row)
 
 
 def test_conversations_need_a_template() -> None:

@@ -164,7 +164,7 @@ def test_softcap_is_exact_at_any_size(device, z):
     logits = torch.tensor([[z, -z]], device=device, requires_grad=True)
     loss, lse = cross_entropy(logits, torch.tensor([0], device=device), softcap=1.0)
     exact = math.tanh(logits[0, 0].item())
-    assert loss.item() == pytest.approx(math.log1p(math.exp(-2 * exact)), rel=3e-7)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-2 * exact)), rel=1e-6)  # a GPU's exp is good to two units
     (grad,) = torch.autograd.grad(lse, logits)
     assert grad[0, 0].item() == pytest.approx((1 - exact**2) / (1 + math.exp(-2 * exact)), rel=1e-5, abs=1e-7)
 
@@ -209,9 +209,7 @@ def test_offsets_beyond_int32(compare, huge, device, stride, inplace):
     compact = logits.detach().clone().requires_grad_()
     ours, theirs = cross_entropy(logits, labels, inplace=inplace), cross_entropy(compact, labels)
     assert all(map(torch.equal, ours, theirs))
-    assert torch.equal(
-        torch.autograd.grad(ours[0].sum(), logits)[0], torch.autograd.grad(theirs[0].sum(), compact)[0]
-    )
+    assert torch.equal(torch.autograd.grad(ours[0].sum(), logits)[0], torch.autograd.grad(theirs[0].sum(), compact)[0])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

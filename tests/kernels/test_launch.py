@@ -11,9 +11,11 @@ import torch
 pytest.importorskip("triton")
 
 import ftcore_kernels.ops
+import ftcore_kernels.reference
 from ftcore_kernels.ops import _launch
 
 SOURCES = sorted(Path(ftcore_kernels.ops.__path__[0]).glob("*.py"))
+REFERENCES = sorted(Path(ftcore_kernels.reference.__path__[0]).glob("[!_]*.py"))
 
 VIEWS = {  # a view, and whether its rows need a copy
     "contiguous": (lambda: torch.randn(2, 3, 4, 5), False),
@@ -44,6 +46,10 @@ def test_rows_find_every_row(view):
     assert all(map(torch.equal, found, expected))
 
 
+def test_every_operation_has_a_twin():
+    assert [path.name for path in SOURCES if not path.name.startswith("_")] == [path.name for path in REFERENCES]
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_program_ids_are_int64(path):
     """An int32 program id times a stride overflows silently at 2^31 elements."""
@@ -57,8 +63,6 @@ def test_kernels_are_deterministic_and_portable(path, banned):
 
 
 def test_references_do_not_import_triton():
-    code = (
-        "import sys, ftcore_kernels.ops, ftcore_kernels.reference.rms_norm, ftcore_kernels.reference.rope, "
-        "ftcore_kernels.reference.swiglu; assert not [name for name in sys.modules if name.split('.')[0] == 'triton']"
-    )
+    names = ["ftcore_kernels.ops", *(f"ftcore_kernels.reference.{path.stem}" for path in REFERENCES)]
+    code = f"import {', '.join(names)}; assert not [name for name in sys.modules if name.split('.')[0] == 'triton']"
     subprocess.run([sys.executable, "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"], check=True, timeout=120)

@@ -243,3 +243,93 @@ def test_a_longer_context_is_asked_for_and_scaled(tiny_run) -> None:
     plain, _ = ftcore.load(["+model=qwen3", "model.tiny=true"])
     rotary, other = (next(m for m in x.modules() if "RotaryEmbedding" in type(m).__name__) for x in (model, plain))
     assert not torch.equal(rotary.inv_freq, other.inv_freq)
+
+
+def test_a_folder_that_holds_a_run_is_refused(tiny_run) -> None:
+    tiny_run("output_dir=one")
+    before = Path("one/run.json").read_text()
+    with pytest.raises(ftcore.Refused, match="already holds a run"):
+        tiny_run("output_dir=one")
+    assert Path("one/run.json").read_text() == before
+
+
+def test_a_resumed_run_keeps_what_it_is(tiny_run) -> None:
+    tiny_run("output_dir=one", "trainer.save_steps=1")
+    before = Path("one/config.yaml").read_text()
+    with pytest.raises(ftcore.Refused, match=r"adapter\.r: was 16 when the run began, and is 8"):
+        tiny_run("output_dir=one", "resume=last", "adapter.r=8", "trainer.max_steps=3")
+    with pytest.raises(ftcore.Refused, match="has done 2 steps already"):
+        tiny_run("output_dir=one", "resume=last")
+    assert Path("one/config.yaml").read_text() == before
+    assert tiny_run("output_dir=one", "resume=last", "trainer.max_steps=3", "trainer.save_steps=1").metrics["eval_loss"]
+
+
+def test_grpo_evaluates_whole_groups(in_tmp: Path) -> None:
+    words = [
+        "+model=qwen3",
+        "model.tiny=true",
+        "+trainer=grpo",
+        "trainer.max_steps=1",
+        "trainer.max_completion_length=4",
+    ]
+    result = ftcore.run([*words, "trainer.global_batch=12", "data.eval_size=3"])
+    assert "eval_reward" in result.metrics
+
+
+def test_a_wrapper_alone_is_no_reward(in_tmp: Path) -> None:
+    @ftcore.hookimpl(wrapper=True)
+    def ftcore_rewards():
+        return (yield)
+
+    words = [
+        "+model=qwen3",
+        "model.tiny=true",
+        "+trainer=grpo",
+        "trainer.max_steps=1",
+        "trainer.max_completion_length=4",
+    ]
+    result = ftcore.run(words, plugins=[ftcore_rewards])
+    assert "rewards/length/mean" in metrics_of(result.output_dir)[0], "the sample's reward is still selected"
+
+
+def test_memory_least_holds_for_loaded_models_too() -> None:
+    model, _ = ftcore.load(["+model=qwen3", "model.tiny=true", "memory=least"])
+    assert model.is_gradient_checkpointing
+    model, _ = ftcore.load(["+model=qwen3", "model.tiny=true", "memory=off"])
+    assert not model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "trained"),
+    [
+        ("rows.csv", "instruction,output\nzip,01001\nnone,None\nna,NA\n", ["01001", "None", "NA"]),
+        ("rows [1].jsonl", '{"instruction": "when", "output": "2024-01-02T00:00:00Z"}\n', ["2024-01-02T00:00:00Z"]),
+        ("nan.jsonl", '{"instruction": "a", "output": "b", "w": NaN}\n', ["b"]),
+    ],
+)
+def test_what_is_checked_is_what_is_trained(in_tmp: Path, capsys, name: str, text: str, trained: list[str]) -> None:
+    from ftcore import cli
+
+    (in_tmp / name).write_text(text)
+    code = cli.run(["preview", "+model=qwen3", "model.tiny=true", "+trainer=sft", f"data.path='{name}'"])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    for answer in trained:
+        assert f"[[{answer}<|im_end|>]]" in printed.out
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_trained_half_of_tied_weights_is_merged_as_trained(in_tmp: Path, module: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = ftcore.load(["+model=smollm2", "model.tiny=true", f"adapter.modules_to_save=[{module}]"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name or "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    (artifact,) = ftcore.export(model, tokenizer, ["+export=[safetensors]", "export.safetensors.dtype=float32"])
+    merged = AutoModelForCausalLM.from_pretrained(artifact.path, dtype=torch.float32)
+    batch = tokenizer("some words", return_tensors="pt")
+    model.eval()
+    with torch.no_grad():
+        assert (model(**batch).logits - merged(**batch).logits).abs().max() < 1e-5

@@ -107,17 +107,14 @@ def _forward_kernel(
         decay = tl.exp(highest - base)
         total = total * decay + tl.sum(weight, axis=0)
         if METRICS:
-            moment = moment * decay + tl.sum(tl.where(weight > 0.0, weight * z, 0.0), axis=0)
+            moment = moment * decay + tl.sum(weight * tl.where(weight > 0.0, z, 0.0), axis=0)
         highest = higher
     known = (label >= 0) & (label < width)
     logit = tl.load(logits_ptr + label, mask=known & kept, other=float("nan"))
     target, _ = _transformed(logit, softcap, scale, inverse_temperature, SOFTCAP)
     # Kept apart, (highest - target) loses no digits to a large common offset.
     spread = tl.log(tl.where(kept, total, 1.0))
-    if SMOOTHING:
-        wanted = (1.0 - smoothing) * target + smoothing * (plain / width)
-    else:
-        wanted = target
+    wanted = (1.0 - smoothing) * target + smoothing * (plain / width) if SMOOTHING else target
     tl.store(loss_ptr + row, tl.where(kept, spread + (highest - wanted), 0.0))
     tl.store(lse_ptr + row, tl.where(kept, highest + spread, 0.0))
     if METRICS:

@@ -100,9 +100,7 @@ def _backward_kernel(
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
         rows, width = _launch.as_rows(x), x.shape[-1]
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         mean, rstd = (torch.empty(rows.number, dtype=torch.float32, device=x.device) for _ in range(2))
