@@ -74,6 +74,9 @@ def export(
 
 def validated(config: RunConfig | DictConfig | Sequence[str]) -> RunConfig:
     """Overrides or a composed config as a typed RunConfig. Raises Refused for unknown keys and wrong values."""
+    if isinstance(config, str):
+        fix = f'give a list of overrides: ["{config.split()[0] if config.split() else "+model=NAME"}", ...]'
+        raise Refused(Problem("config", "is a string", fix))
     if isinstance(config, RunConfig):
         return config
     if isinstance(config, DictConfig):

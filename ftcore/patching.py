@@ -20,6 +20,8 @@ from ftcore.specs import Claim, Kernel, PatchReport, Phase, Role, Skip
 if TYPE_CHECKING:
     from torch import nn
 
+BOUND = "_ftcore_forward"
+"""Attribute of a patched module that remembers the forward that ftcore gave it."""
 DECODER_LAYER = "decoder_layer"
 """A kernel for this role takes over a whole layer, so nothing inside that layer is claimed as well."""
 
@@ -130,11 +132,16 @@ def _class_names(module: nn.Module) -> Iterator[str]:
 def bind(module: nn.Module, forward: Callable[..., Any], **fixed: Any) -> None:
     """Give one module instance a new forward: `forward(module, *inputs, **fixed)`."""
     module.forward = MethodType(partial(forward, **fixed) if fixed else forward, module)
+    vars(module)[BOUND] = module.forward
 
 
 def unpatch(model: nn.Module) -> int:
-    """Take every bound forward off again; returns how many there were."""
-    patched = [module for module in model.modules() if "forward" in vars(module)]
-    for module in patched:
-        del module.forward
-    return len(patched)
+    """Take every forward that :func:`bind` put there off again; returns how many there were.
+
+    A forward that somebody put over it since, as trainers do, stays.
+    """
+    bound = [module for module in model.modules() if BOUND in vars(module)]
+    for module in bound:
+        if vars(module).get("forward") == vars(module).pop(BOUND):
+            del module.forward
+    return len(bound)

@@ -24,7 +24,8 @@ def local_files(path: str, key: str = "data.path") -> list[Path] | None:
     place = Path(path).expanduser()
     endings = f"known endings: {', '.join(LOADERS)}"
     if place.is_dir():
-        files = sorted(f for f in place.rglob("*") if f.suffix in LOADERS and not f.name.startswith("."))
+        found = (f for f in place.rglob("*") if f.suffix in LOADERS)
+        files = sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(place).parts))
         if not files:
             raise Refused(Problem(key, f"the folder {path} holds no data files", endings, Exit.MISSING_INPUT))
         return files
