@@ -1,153 +1,113 @@
-"""Times a bare LoRA training step of plain Hugging Face (transformers + PEFT) and of ftcore, in a process each.
+"""Times a training step of plain Hugging Face, Liger, Unsloth, TRL and ftcore, in a process each.
 
+    python tests/bench/train_step.py 8b-lora --peers 'source .whl/enter.sh --peers'
     python tests/bench/train_step.py --family llama --shape llama3.1-8b --rows 4 --length 2048 --memory least
 
 Random weights of a real shape, real random token ids, all linear projections adapted, fused AdamW; the median of the
-timed steps after warm-up; peak is `torch.cuda.max_memory_allocated`. Both sides start from the same checkpoint folder,
-and their first losses must agree within 0.5 %, or the table says so and the exit code is 1.
+timed steps after warm-up; peak is `torch.cuda.max_memory_allocated` after warm-up. All sides start from the same
+checkpoint folder, and their first losses must agree within 0.5 %, or the last lines say so and the exit code is 1.
+Results also go to `$OUT/ROW.json`, those of `--profile` to `$OUT/profile-ROW.txt`. Rows are in stepbench/works.py.
+Where a machine gives a command only minutes, `--known ROW.json` takes the sides that an earlier command measured there.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
-import subprocess
+import os
+import shlex
 import sys
 import time
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-SIDES = ("hf", "ftcore")
-GIB = 2**30
+from stepbench import options, processes, profiling, table
+from stepbench.sides import MEMORY, NEEDS
+from stepbench.works import Work
 
 
-def arguments() -> argparse.Namespace:
-    """The work, and for the inner processes the side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="llama")
-    parser.add_argument("--shape", default="llama3.1-8b")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--memory", choices=("off", "least"), default="least")
-    parser.add_argument("--quantizer", choices=("none", "bnb_nf4"), default="none")
-    parser.add_argument("--kernels", default="auto")
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--side", choices=SIDES)
-    return parser.parse_args()
-
-
-def overrides(work: argparse.Namespace) -> list[str]:
-    """The ftcore command of the work."""
-    words = [f"+model={work.family}", f"model.shape={work.shape}", f"adapter.r={work.rank}", "adapter.alpha=32"]
-    if work.quantizer != "none":
-        words.append(f"+quantizer={work.quantizer}")
-    return [*words, f"kernels=[{work.kernels}]", f"memory={work.memory}"]
-
-
-def load(work: argparse.Namespace) -> Any:
-    """The adapted model of a side, on the GPU, ready to train."""
-    from ftcore import pipeline
-    from ftcore.api import validated
-
-    hooks, plan = pipeline.prepare(validated(overrides(work)))
-    if work.side == "ftcore":
-        return pipeline.load(hooks, plan).model
-    return load_plain(work, plan)
-
-
-def load_plain(work: argparse.Namespace, plan: Any) -> Any:
-    """transformers and PEFT as their documentation shows them."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from ftcore import checkpoint
-
-    options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": 0}}
-    if work.quantizer == "bnb_nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.locate(plan.run.model, plan.family), **options)
-    model.config.use_cache = False
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=work.rank, lora_alpha=32, target_modules=list(plan.family.lora_targets)
-    )
-    model = get_peft_model(model, config)
-    if work.memory == "least":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    return model
-
-
-def measure(work: argparse.Namespace) -> dict[str, float]:
-    """Median step time, tokens a second, peak memory and the first loss of a side."""
-    import torch
-
-    torch.manual_seed(0)
-    model = load(work).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    generator = torch.Generator().manual_seed(1)
-    vocabulary = model.config.get_text_config().vocab_size
-    shape = (work.warmup + work.steps, work.rows, work.length)
-    batches = torch.randint(vocabulary, shape, generator=generator).cuda()
-    losses, times = [], []
-    for step, ids in enumerate(batches):
-        if step == work.warmup:
-            torch.cuda.reset_peak_memory_stats()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-        losses.append(loss.item())
-    seconds = statistics.median(times[work.warmup :])
-    return {
-        "tokens_per_second": work.rows * work.length / seconds,
-        "step_ms": 1000 * seconds,
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
-        "first_loss": losses[0],
-    }
-
-
-def main() -> int:
+def main(words: list[str]) -> int:
     """Run every side in its own process, and print the table."""
-    work = arguments()
-    if work.side:
-        print("RESULT " + json.dumps(measure(work)), flush=True)
+    if words[:1] == ["--inner"]:
+        processes.inner(*words[1:])
         return 0
-    results: dict[str, dict[str, float]] = {}
-    for side in SIDES:
-        done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--side", side], capture_output=True, text=True, check=False
-        )
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            print(f"{side}: failed\n{done.stderr[-2000:]}")
-            continue
-        results[side] = json.loads(lines[0].removeprefix("RESULT "))
-    print(f"{work.shape}, {work.rows} x {work.length}, r{work.rank}, {work.quantizer}, memory={work.memory}")
-    for side, result in results.items():
-        ratio = result["tokens_per_second"] / results["hf"]["tokens_per_second"] if "hf" in results else float("nan")
-        print(
-            f"  {side:8} {result['tokens_per_second']:9,.0f} tok/s  {ratio:5.2f}x  {result['step_ms']:8.1f} ms  "
-            f"{result['peak_gib']:6.2f} GiB  first loss {result['first_loss']:.4f}"
-        )
-    losses = [result["first_loss"] for result in results.values()]
-    agree = len(losses) == len(SIDES) and max(losses) - min(losses) <= 0.005 * min(losses)
-    print("first losses agree within 0.5 %" if agree else "FIRST LOSSES DISAGREE, or a side failed")
-    return 0 if agree else 1
+    found = options.arguments(words, __doc__)
+    works = options.works(found)
+    first = next(iter(works.values()))
+    name = found.row or f"{first.shape}-{first.rows}x{first.length}-r{first.rank}-{first.quantizer}-{found.memory}"
+    if first.folder:
+        works = {memory: replace(work, folder=str(Path(first.folder).resolve())) for memory, work in works.items()}
+    else:
+        made = processes.located(first, found.limit)
+        if made["status"] != "ok":
+            print(f"no checkpoint folder: {made['detail']}")
+            return 1
+        works = {memory: replace(work, folder=made["folder"]) for memory, work in works.items()}
+    print(f"{name}: {first.title()}", flush=True)
+    results = known(found.known, first) if found.known else {}
+    for side, memory, label in jobs(found.sides.split(","), works):
+        start = time.monotonic()
+        # The profile is of ftcore's bare loop alone.
+        work = replace(works[memory], profile=found.profile and side == "ftcore")
+        result = processes.measured(side, work, found.peers, found.limit)
+        results[label] = {**result, "seconds": time.monotonic() - start}
+        print(table.line(label, results[label]), flush=True)
+        keep(name, words, works, results)
+    print(table.table(results))
+    print(table.machine(results))
+    for label, result in results.items():
+        if "profile" in result:
+            print(f"{label}: {profiling.digest(result['profile']).lstrip()}")
+    print("\n".join(table.verdicts(results)))
+    failed = any(result["status"] == "failed" for result in results.values())
+    return 0 if table.agree(results) and not failed else 1
+
+
+def jobs(sides: list[str], works: dict[str, Work]) -> list[tuple[str, str, str]]:
+    """(side, memory, label): ftcore's sides once for each of its memory settings, the others once."""
+    if strange := [side for side in sides if side not in NEEDS]:
+        raise SystemExit(f"there is no side '{strange[0]}'; sides: {', '.join(NEEDS)}")
+    first = next(iter(works))
+    return [
+        (side, memory, f"{side} {memory}" if side in MEMORY else side)
+        for side in sides
+        for memory in (works if side in MEMORY else [first])
+    ]
+
+
+SAME = ("family", "shape", "rows", "length", "rank", "quantizer", "recompute", "optimizer", "device", "warmup", "steps")
+"""What must be alike in work for its results to be compared."""
+
+
+def known(file: str, work: Work) -> table.Results:
+    """Results of an earlier command, of the same work."""
+    kept = json.loads(Path(file).read_text(encoding="utf-8"))
+    earlier = next(iter(kept["work"].values()))
+    if other := [field for field in SAME if earlier[field] != getattr(work, field)]:
+        raise SystemExit(f"{file} is of other work: {other[0]} is {earlier[other[0]]}, not {getattr(work, other[0])}")
+    results: table.Results = {label: {**result, "known": True} for label, result in kept["results"].items()}
+    return results
+
+
+def keep(name: str, words: list[str], works: dict[str, Work], results: table.Results) -> None:
+    """Write what is known so far into `$OUT`, so that a command cut off leaves its finished sides."""
+    if not (out := os.environ.get("OUT")):
+        return
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept: dict[str, Any] = {
+        "row": name,
+        "command": shlex.join(["python", "tests/bench/train_step.py", *words]),
+        "work": {memory: asdict(work) for memory, work in works.items()},
+        "agree": table.agree(results),
+        "verdicts": table.verdicts(results),
+        "results": {k: {f: v for f, v in r.items() if f != "profile"} for k, r in results.items()},
+    }
+    (folder / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    profiles = [f"{label}: {result['profile']}\n" for label, result in results.items() if "profile" in result]
+    if profiles:
+        (folder / f"profile-{name}.txt").write_text("\n".join(profiles), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

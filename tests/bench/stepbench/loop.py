@@ -1,0 +1,104 @@
+"""The bare training step, timed."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import statistics
+import time
+from typing import Any
+
+from stepbench.works import Work, token_ids
+
+GIB = 2**30
+
+
+class Meter:
+    """Seconds of each step, and the peaks of memory after warm-up."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._seconds: list[float] = []
+        self._last = 0.0
+
+    def start(self) -> None:
+        """Before a step: reset the peaks when warm-up is over, and wait for the GPU."""
+        import torch
+
+        if self._work.device == "cuda":
+            torch.cuda.synchronize()
+            if len(self._seconds) == self._work.warmup:
+                torch.cuda.reset_peak_memory_stats()
+        self._last = time.perf_counter()
+
+    def stop(self) -> None:
+        """After a step."""
+        import torch
+
+        if self._work.device == "cuda":
+            torch.cuda.synchronize()
+        self._seconds.append(time.perf_counter() - self._last)
+
+    def result(self, first_loss: float) -> dict[str, Any]:
+        """What a side reports."""
+        import torch
+
+        seconds = statistics.median(self._seconds[self._work.warmup :])
+        gpu = self._work.device == "cuda"
+        return {
+            "tokens_per_second": self._work.tokens / seconds,
+            "step_ms": 1000 * seconds,
+            "steps_ms": [round(1000 * s, 2) for s in self._seconds],
+            "peak_gib": torch.cuda.max_memory_allocated() / GIB if gpu else 0.0,
+            "reserved_gib": torch.cuda.max_memory_reserved() / GIB if gpu else 0.0,
+            "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+            "first_loss": first_loss,
+            "gpu": torch.cuda.get_device_name() if gpu else "CPU",
+        }
+
+
+def autocast(work: Work) -> Any:
+    """bfloat16 autocast on a GPU, nothing on a CPU."""
+    import torch
+
+    return torch.autocast("cuda", torch.bfloat16) if work.device == "cuda" else contextlib.nullcontext()
+
+
+def make_optimizer(work: Work, model: Any) -> Any:
+    """Fused AdamW, or bitsandbytes' 8-bit AdamW; on a CPU PyTorch's in both cases."""
+    import torch
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if work.optimizer == "adamw8bit" and work.device == "cuda":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(trained, lr=1e-4)
+    return torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+
+def measure(work: Work, model: Any) -> dict[str, Any]:
+    """Median time of the steps after warm-up, and the first loss; with `profile`, one more step's kernels."""
+    model.train()
+    optimizer = make_optimizer(work, model)
+    batches = token_ids(work).to(work.device)
+
+    def step(ids: Any) -> Any:
+        with autocast(work):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    meter, losses = Meter(work), []
+    for ids in batches:
+        meter.start()
+        loss = step(ids)
+        meter.stop()
+        losses.append(loss.item())
+    result = {**meter.result(losses[0]), "losses": losses}
+    if work.profile:
+        from stepbench.profiling import profiled
+
+        result["profile"] = profiled(work, lambda: step(batches[-1]), result["step_ms"])
+    return result

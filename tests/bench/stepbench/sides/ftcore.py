@@ -1,0 +1,63 @@
+"""ftcore's model in a bare loop."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+from stepbench.loop import measure
+from stepbench.works import Work
+
+
+def run(work: Work) -> dict[str, Any]:
+    """`pipeline.load`, then the same loop as the peers'."""
+    from ftcore import pipeline
+
+    with tempfile.TemporaryDirectory() as scratch:
+        hooks, plan = prepared(work, scratch)
+        loaded = pipeline.load(hooks, plan)
+        result = measure(work, loaded.model)
+    return {**result, **described(work, loaded)}
+
+
+def prepared(work: Work, scratch: str) -> tuple[Any, Any]:
+    """Hooks and plan of the ftcore command of the work."""
+    from ftcore import pipeline
+    from ftcore.api import validated
+
+    return pipeline.prepare(validated(overrides(work, scratch)))
+
+
+def overrides(work: Work, scratch: str) -> list[str]:
+    """The ftcore command; the trainer's numbers also tell `memory=auto` how much there is to keep."""
+    return [
+        f"+model={work.family}",
+        f"model.path={work.folder}",
+        *([] if work.quantizer == "none" else [f"+quantizer={work.quantizer}"]),
+        *([f"adapter.r={work.rank}", "adapter.alpha=32"] if work.rank else ["adapter=full"]),
+        f"kernels=[{work.kernels}]",
+        f"memory={work.memory}",
+        "+trainer=sft",
+        f"trainer.micro_batch={work.rows}",
+        f"trainer.global_batch={work.rows}",
+        f"trainer.max_length={work.length}",
+        f"trainer.max_steps={work.total}",
+        f"trainer.optimizer={optimizer(work)}",
+        "trainer.learning_rate=1e-4",
+        "+trainer.args.train_sampling_strategy=sequential",
+        f"output_dir={scratch}/run",
+    ]
+
+
+def optimizer(work: Work) -> str:
+    """The optimizer of the bare loops by transformers' name."""
+    return "adamw_8bit" if work.optimizer == "adamw8bit" and work.device == "cuda" else "adamw_torch_fused"
+
+
+def described(work: Work, loaded: Any) -> dict[str, Any]:
+    """The command, and what was patched."""
+    return {
+        "ftcore": " ".join(overrides(work, "SCRATCH")),
+        "claims": len(loaded.patches.claims),
+        "skipped": [str(skip) for skip in loaded.patches.skipped],
+    }

@@ -1,0 +1,103 @@
+"""What is measured: the rows of work by name, and one side's share of a row."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ALL = "hf,liger,unsloth,trl,ftcore,ftcore_trainer"
+
+LORA_8B = {"shape": "llama3.1-8b", "rows": 4, "length": 2048, "rank": 16}
+NF4_8B = {**LORA_8B, "quantizer": "bnb_nf4"}
+
+ROWS: dict[str, dict[str, Any]] = {
+    "8b-lora": {**LORA_8B, "memory": "least,auto"},
+    "8b-lora-least": {**LORA_8B, "memory": "least"},
+    "8b-lora-auto": {**LORA_8B, "memory": "auto"},
+    "8b-lora-off": {**LORA_8B, "rows": 2, "memory": "off"},
+    "8b-nf4": {**NF4_8B, "memory": "least,auto"},
+    "8b-nf4-least": {**NF4_8B, "memory": "least"},
+    "8b-nf4-auto": {**NF4_8B, "memory": "auto"},
+    "8b-fp8-auto": {**LORA_8B, "quantizer": "fp8", "memory": "auto", "sides": "ftcore"},
+    "1b-full": {"shape": "llama3.2-1b", "rank": 0, "memory": "off", "optimizer": "adamw8bit"},
+    "0.6b-lora": {"family": "qwen3", "shape": "qwen3-0.6b", "rows": 2, "length": 1024, "memory": "off"},
+}
+"""Row to the options that it sets; options on the command line win over them."""
+
+TINY = {"shape": "tiny", "rows": 2, "length": 32, "warmup": 1, "steps": 2}
+"""What `--tiny` sets of a row."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One side's job, passed to its process as JSON."""
+
+    family: str
+    shape: str
+    rows: int
+    length: int
+    rank: int
+    """Rank of LoRA on all linear layers; 0 trains all weights."""
+    quantizer: str
+    kernels: str
+    memory: str
+    """ftcore's `memory`."""
+    recompute: bool
+    """Gradient checkpointing of the peers; TRL keeps its default, which is on."""
+    optimizer: str
+    warmup: int
+    steps: int
+    device: str
+    profile: bool = False
+    folder: str = ""
+    """Checkpoint folder, the same for all sides."""
+
+    @property
+    def tiny(self) -> bool:
+        """The family's tiny model instead of a real shape."""
+        return self.shape == "tiny"
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype of weights and products."""
+        return "bfloat16" if self.device == "cuda" else "float32"
+
+    @property
+    def total(self) -> int:
+        """Steps, warm-up included."""
+        return self.warmup + self.steps
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step, all of them trained."""
+        return self.rows * self.length
+
+    def title(self) -> str:
+        """The work in a line."""
+        what = f"LoRA r{self.rank}" if self.rank else "full"
+        weights = self.dtype if self.quantizer == "none" else self.quantizer
+        peers = "on" if self.recompute else "off"
+        return (
+            f"{self.shape}, {what}, {weights}, {self.rows} x {self.length}, {self.optimizer}, "
+            f"kernels={self.kernels}, peers' gradient checkpointing {peers} (trl: its default, on)"
+        )
+
+    def text(self) -> str:
+        """As JSON, for the command line of a side."""
+        return json.dumps(asdict(self))
+
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""The adapted layers: all linear layers of the measured families."""
+
+
+def token_ids(work: Work) -> Any:
+    """Random token ids [steps, rows, length], the same on every side and in every order of the same steps."""
+    import torch
+
+    config = json.loads((Path(work.folder) / "config.json").read_text(encoding="utf-8"))
+    vocabulary = {**config, **config.get("text_config", {})}["vocab_size"]
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(vocabulary, (work.total, work.rows, work.length), generator=generator)
