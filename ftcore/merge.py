@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-QUANTIZED = ("Linear4bit", "Linear8bitLt")
-"""bitsandbytes' layers, whose weights are unpacked for a merged model."""
+QUANTIZED = ("Linear4bit", "Linear8bitLt", "Fp8Linear")
+"""Layers of bitsandbytes and of `+quantizer=fp8`, whose weights are unpacked for a merged model."""
 
 
 def write_merged(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str = "auto") -> Path:
@@ -100,7 +100,7 @@ def _merged_module(path: str, module: Any) -> dict[str, torch.Tensor]:
                     "export the adapter, or train over 16-bit weights",
                 )
             )
-        delta = sum(module.get_delta_weight(name) for name in module.active_adapters)
+        delta = sum(module.get_delta_weight(name).detach() for name in module.active_adapters)
         return _with_bias({"weight": _unpacked(layer) + delta.float()}, layer)
     # One layer at a time in float32, merged by PEFT itself, so that every variant (rsLoRA, DoRA, ...) is exact.
     single = copy.deepcopy(module).float()
@@ -110,7 +110,10 @@ def _merged_module(path: str, module: Any) -> dict[str, torch.Tensor]:
 
 
 def _unpacked(layer: Any) -> torch.Tensor:
-    """A bitsandbytes weight in float32."""
+    """A quantized weight in float32."""
+    if type(layer).__name__ == "Fp8Linear":
+        values: torch.Tensor = layer.dequantize()
+        return values
     from bitsandbytes.functional import dequantize_4bit
 
     if type(layer).__name__ == "Linear4bit":

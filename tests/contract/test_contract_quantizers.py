@@ -13,3 +13,15 @@ class TestInt8(QuantizerContract):
 class TestNF4(QuantizerContract):
     plugin = "quantizer/bnb_nf4"
     size = 0.7
+
+
+class TestFP8(QuantizerContract):
+    plugin = "quantizer/fp8"
+    error = 0.1
+
+
+class TestFP8WithABackwardPassIn16Bits(QuantizerContract):
+    plugin = "quantizer/fp8"
+    settings = ("quantizer.backward=bf16",)
+    size = 0.6
+    error = 0.1
