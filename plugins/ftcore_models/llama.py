@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from ftcore import ModelConfig, ModelFamily, Role, hookimpl
 from ftcore_models._llama_like import LORA_TARGETS, TINY
 
-ROLES = (Role("rms_norm", "LlamaRMSNorm"), Role("mlp", "LlamaMLP"), Role("attention", "LlamaAttention"))
+ROLES = (
+    Role("rms_norm", "LlamaRMSNorm"),
+    Role("mlp", "LlamaMLP"),
+    Role("attention", "LlamaAttention"),
+    Role("lm_head", "LlamaForCausalLM"),
+    Role("decoder_layer", "LlamaDecoderLayer"),
+)
 
 _ROPE = {
     "rope_type": "llama3",

@@ -41,6 +41,8 @@ def ftcore_model_family() -> ModelFamily:
             Role("rms_norm", "Qwen3RMSNorm"),
             Role("mlp", "Qwen3MLP"),
             Role("attention", "Qwen3Attention", frozenset({"qk_norm"})),
+            Role("lm_head", "Qwen3ForCausalLM"),
+            Role("decoder_layer", "Qwen3DecoderLayer", frozenset({"qk_norm"})),
         ),
         lora_targets=LORA_TARGETS,
         tiny=TINY,

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with ftcore's generator in place of its own generation."""
+"""TRL's GRPOTrainer with ftcore's generator in place of its own generation, and the model's own fused head."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from trl import GRPOTrainer
 
 from ftcore import Sampling
 from ftcore.specs import Generator
+from ftcore_trainers._fused_head import take_over
 
 
 class GeneratorGRPOTrainer(GRPOTrainer):
@@ -16,6 +17,9 @@ class GeneratorGRPOTrainer(GRPOTrainer):
 
     def __init__(self, generator: Generator, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        # TRL's own head has what the kernels' has not: a gradient of the entropy, and a head in float32.
+        if not (self._entropy_bonus_enabled or self.args.cast_lm_head_to_fp32):
+            take_over(self, temperature=self.temperature)
         self._generator = generator
         self.add_callback(_WeightsChanged(generator))
 

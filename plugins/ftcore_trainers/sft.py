@@ -38,10 +38,11 @@ def ftcore_make_trainer(
     plan: Plan, model: Any, tokenizer: Any, dataset: Any, collator: Any, callbacks: Any, optimizer: Any
 ) -> Trainer:
     """TRL's SFTTrainer on rows that are tokenized already, so that what `ftcore preview` shows is what is trained."""
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
 
     from ftcore_trainers._arguments import early_stopping, quiet, shared
     from ftcore_trainers._dtypes import kept_dtypes
+    from ftcore_trainers._sft_trainer import FusedSFTTrainer
 
     trainer = plan.config(Config)
     arguments = {
@@ -52,7 +53,7 @@ def ftcore_make_trainer(
     }
     with kept_dtypes(model):
         return quiet(
-            SFTTrainer(
+            FusedSFTTrainer(
                 model=model,
                 args=SFTConfig(**arguments),
                 train_dataset=dataset["train"],

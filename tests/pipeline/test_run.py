@@ -26,7 +26,7 @@ def test_the_run_folder_tells_the_whole_story(tiny_run) -> None:
     assert state["status"] == "done"
     assert state["steps"] == 2
     assert state["versions"]["transformers"]
-    assert {c["role"] for c in state["patches"]["claims"]} == {"rms_norm", "mlp", "attention"}
+    assert {c["role"] for c in state["patches"]["claims"]} >= {"rms_norm", "lm_head"}
     assert {"loss_first", "loss_last", "eval_loss", "eval_loss_before"} <= state["metrics"].keys()
     assert [a["target"] for a in state["artifacts"]] == ["safetensors", "adapter"]
     assert [a["prompt"] for a in state["answers"]] == ["Hello"]
