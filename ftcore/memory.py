@@ -5,19 +5,68 @@ from __future__ import annotations
 from typing import Any
 
 from ftcore.config import Memory
-from ftcore.specs import Plan
+from ftcore.planner import GIVEN_AWAY, Planner
+from ftcore.specs import Plan, Recomputing
 
 RESERVE = 0.8
-"""Part of the free memory that activations may fill; the rest is for workspaces and fragmentation."""
+"""Part of the free memory that activations of transformers' own layers may fill: their count is an estimate."""
+
+HEAD_ROWS = 1024
+"""Rows of logits alive at a time in the fused head."""
 
 
 def apply(plan: Plan, model: Any) -> bool:
-    """Switch recomputation of whole layers on if `memory` asks for it; returns whether it is on."""
+    """Do what `memory` asks for, on layers that choose what they keep and on others; returns whether any recomputes.
+
+    Layers whose kernel recomputes by itself are told how much to keep; the others are checkpointed whole, if at all.
+    """
+    chosen = layers_that_choose(model)
+    mode = plan.run.memory
+    if chosen and mode is Memory.least:
+        for layer in chosen:
+            layer.choose = _least
+    elif chosen and mode is Memory.auto and plan.device.kind == "cuda":
+        Planner(chosen, lambda rows, length, made: budget(model, chosen, rows, length, first=made == 0)).attach()
     recompute = wants_recompute(plan, model)
-    if recompute:
+    if recompute and len(chosen) < _number_of_layers(model):
         # Non-reentrant: works with frozen inputs, and recomputes only what the backward pass asks for.
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
+            if hasattr(module, "ftcore_recompute"):
+                module.gradient_checkpointing = False
     return recompute
+
+
+def layers_that_choose(model: Any) -> list[Recomputing]:
+    """What the kernels of whole layers left on their modules, in the model's order."""
+    return [module.ftcore_recompute for module in model.modules() if hasattr(module, "ftcore_recompute")]
+
+
+def _least(rows: int, length: int) -> int:
+    return 0
+
+
+def _number_of_layers(model: Any) -> int:
+    return int(model.config.get_text_config().num_hidden_layers)
+
+
+def budget(model: Any, layers: list[Recomputing], rows: int, length: int, first: bool) -> int:
+    """Bytes of GPU memory that activations of a batch may fill, counted at the start of a forward pass.
+
+    :param first: Whether gradients and optimizer state are still to come.
+    """
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    text = model.config.get_text_config()
+    width = 2 * text.hidden_size
+    head = 6 * HEAD_ROWS * text.vocab_size + 3 * rows * length * width
+    workspace = max(layer.workspace(rows, length) for layer in layers)
+    waiting = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None)
+    if first:
+        waiting += sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
+    return int((1 - GIVEN_AWAY) * free) - max(head, workspace) - waiting
 
 
 def wants_recompute(plan: Plan, model: Any) -> bool:

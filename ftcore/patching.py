@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ftcore.device import Device
 from ftcore.errors import Problem, Refused
 from ftcore.manager import import_function
-from ftcore.specs import Claim, Kernel, PatchReport, Phase, Role, Skip
+from ftcore.specs import Claim, Kernel, PatchReport, Phase, Plan, Role, Skip
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,13 +41,15 @@ def patch(
     device: Device,
     phase: Phase,
     prefer: Mapping[str, str] | None = None,
+    plan: Plan | None = None,
 ) -> PatchReport:
     """Claim the model's modules and install the kernels of this phase.
 
     Claims of both phases are resolved on the model as it is given, so that a whole-layer kernel of the later phase
-    keeps the earlier phase from touching its layers. Raises Refused when two kernels fit one role.
+    keeps the earlier phase from touching its layers. Kernels that ask about the run are only asked with a plan. Raises
+    Refused when two kernels fit one role.
     """
-    sites, skipped = resolve(model, roles, kernels, device, prefer or {})
+    sites, skipped = resolve(model, roles, kernels, device, prefer or {}, plan)
     claims = []
     for site in sites:
         if site.kernel.phase is phase:
@@ -58,7 +60,12 @@ def patch(
 
 
 def resolve(
-    model: nn.Module, roles: Sequence[Role], kernels: Sequence[Kernel], device: Device, prefer: Mapping[str, str]
+    model: nn.Module,
+    roles: Sequence[Role],
+    kernels: Sequence[Kernel],
+    device: Device,
+    prefer: Mapping[str, str],
+    plan: Plan | None = None,
 ) -> tuple[list[_Site], list[Skip]]:
     """Which kernel goes where, and why some roles get none."""
     chosen: dict[Role, Kernel] = {}
@@ -80,7 +87,22 @@ def resolve(
             skipped.append(
                 Skip(role=role.name, module=role.module, reason=f"no module of class {role.module} in the model")
             )
-    return _without_inner(sites, skipped), skipped
+    return _without_inner(_fitting(sites, skipped, plan), skipped), skipped
+
+
+def _fitting(sites: list[_Site], skipped: list[Skip], plan: Plan | None) -> list[_Site]:
+    """The sites whose kernel takes them in this run; the reasons of the others are told once each."""
+    kept, reasons = [], {}
+    for site in sites:
+        reason = None
+        if site.kernel.fits and plan is not None:
+            reason = import_function(site.kernel.fits, site.kernel.name)(site.module, site.role, plan)
+        if reason is None:
+            kept.append(site)
+        else:
+            reasons[site.role.name, site.role.module, f"{site.kernel.name} {reason}"] = None
+    skipped += [Skip(role=role, module=module, reason=reason) for role, module, reason in reasons]
+    return kept
 
 
 def _choose(

@@ -79,6 +79,37 @@ class Kernel:
     """Traits of the role that the kernel's maths covers."""
     phase: Phase = Phase.BASE
     needs: Requirement = field(default_factory=Requirement)
+    fits: str | None = None
+    """`package.module:function`, called as `fits(module, role, plan)` on the loaded model, before the adapter is there;
+    returns why the kernel cannot take this module in this run, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One choice of what a module keeps for its backward pass."""
+
+    kept: int
+    """Bytes kept until the backward."""
+    again: float
+    """Floating-point operations computed again in the backward."""
+
+
+class Recomputing(Protocol):
+    """What a module carries as `ftcore_recompute` whose kernel keeps as much for its backward as it is told.
+
+    `memory` tells it; modules without it are recomputed whole by transformers' checkpointing, or not at all.
+    """
+
+    choose: Callable[[int, int], int] | None
+    """From rows and row length of a batch to the index of a level; None keeps everything."""
+
+    def levels(self, rows: int, length: int) -> Sequence[Level]:
+        """The choices for a batch, the one that keeps least first, the one that keeps everything last."""
+        ...
+
+    def workspace(self, rows: int, length: int) -> int:
+        """Bytes that one backward pass of the module needs for a while."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,7 +90,7 @@ def ftcore_patch_model(plan: Plan, model: torch.nn.Module, phase: Phase) -> Patc
     from ftcore.patching import patch
 
     roles = [role for role in plan.family.roles if not (plan.trainer and role.name in plan.trainer.fuses)]
-    return patch(model, roles, plan.kernels, plan.device, phase, plan.run.patching.prefer)
+    return patch(model, roles, plan.kernels, plan.device, phase, plan.run.patching.prefer, plan)
 
 
 @hookimpl(trylast=True)

@@ -56,7 +56,7 @@ def add_rms_norm(
 
 
 @triton.jit
-def _forward_kernel(
+def _add_rms_norm_kernel(
     residual_ptr, residual_inner, residual_outer_stride, residual_inner_stride,
     x_ptr, x_inner, x_outer_stride, x_inner_stride, weight_ptr, total_ptr, out_ptr, rstd_ptr, rows, width, eps, offset,
     GEMMA: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -82,15 +82,16 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _add_rms_norm_back_kernel(
     dtotal_ptr, dtotal_inner, dtotal_outer_stride, dtotal_inner_stride,
     dout_ptr, dout_inner, dout_outer_stride, dout_inner_stride,
-    total_ptr, weight_ptr, rstd_ptr, dx_ptr, partial_ptr, rows, width, offset,
-    GEMMA: tl.constexpr, TOTAL_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, TILE_ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    total_ptr, weight_ptr, rstd_ptr, dx_ptr, normed_ptr, partial_ptr, rows, width, offset,
+    GEMMA: tl.constexpr, TOTAL_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, NORMED: tl.constexpr,
+    TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """With n = total * rstd and g = dout * scale: dx = dtotal + rstd * (g - n * mean(g * n)), and dweight as the sum
-    over rows of dout * n, which every program leaves for its own rows in partial [programs, width]."""
+    over rows of dout * n, which every program leaves for its own rows in partial [programs, width]. With NORMED also
+    the forward's normalised rows, which may take the place of dout, as dx may take that of dtotal."""
     program = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     scale = _scale(weight_ptr, offset, col, width, GEMMA)
@@ -112,6 +113,10 @@ def _backward_kernel(
         tl.store(dx_ptr + row[:, None] * width + col, dx, mask=mask)
         if WEIGHT_GRAD:
             dweight += dout * normed
+        if NORMED:
+            if not GEMMA:
+                normed = normed.to(total_ptr.dtype.element_ty).to(tl.float32)
+            tl.store(normed_ptr + row[:, None] * width + col, normed * scale, mask=mask)
     if WEIGHT_GRAD:
         tl.store(partial_ptr + program * width + col, tl.sum(dweight, axis=0), mask=col < width)
 
@@ -129,7 +134,7 @@ class _AddRMSNorm(torch.autograd.Function):
         tile_rows, block = _tile(width)
         if x.numel():
             with torch.cuda.device_of(x):
-                _forward_kernel[(triton.cdiv(rows.number, tile_rows),)](
+                _add_rms_norm_kernel[(triton.cdiv(rows.number, tile_rows),)](
                     *_launch.as_rows(residual), *rows, weight, total, out, rstd, rows.number, width, eps, offset,
                     GEMMA=gemma, TILE_ROWS=tile_rows, BLOCK=block, num_warps=_launch.warps(tile_rows * block),
                 )  # fmt: skip
@@ -155,10 +160,10 @@ class _AddRMSNorm(torch.autograd.Function):
         if programs:
             dtotal_rows = rows if dtotal is None else _launch.as_rows(dtotal)  # not read where there is none
             with torch.cuda.device_of(total):
-                _backward_kernel[(programs,)](
-                    *dtotal_rows, *rows, total, weight, rstd, dx, partial, rows.number, width, ctx.offset,
-                    GEMMA=ctx.gemma, TOTAL_GRAD=dtotal is not None, WEIGHT_GRAD=weight_grad, TILE_ROWS=tile_rows,
-                    BLOCK=block, num_warps=_launch.warps(tile_rows * block),
+                _add_rms_norm_back_kernel[(programs,)](
+                    *dtotal_rows, *rows, total, weight, rstd, dx, dx, partial, rows.number, width, ctx.offset,
+                    GEMMA=ctx.gemma, TOTAL_GRAD=dtotal is not None, WEIGHT_GRAD=weight_grad, NORMED=False,
+                    TILE_ROWS=tile_rows, BLOCK=block, num_warps=_launch.warps(tile_rows * block),
                 )  # fmt: skip
         dweight = partial.sum(0).to(weight.dtype) if weight_grad else None
         return dx, dx, dweight, None, None, None

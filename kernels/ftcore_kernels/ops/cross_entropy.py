@@ -80,7 +80,7 @@ def check_labels(labels: torch.Tensor, shape: torch.Size, device: torch.device) 
 
 
 @triton.jit
-def _forward_kernel(
+def _cross_entropy_kernel(
     logits_ptr, inner, outer_stride, inner_stride, labels_ptr, loss_ptr, lse_ptr, top1_ptr, entropy_ptr,
     width, ignore_index, softcap, scale, smoothing, inverse_temperature,
     SOFTCAP: tl.constexpr, SMOOTHING: tl.constexpr, METRICS: tl.constexpr, BLOCK: tl.constexpr,
@@ -124,7 +124,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _cross_entropy_back_kernel(
     logits_ptr, inner, outer_stride, inner_stride, dlogits_ptr, dlogits_inner, dlogits_outer_stride,
     dlogits_inner_stride, labels_ptr, lse_ptr, dloss_ptr, dloss_stride, dlse_ptr, dlse_stride,
     width, ignore_index, softcap, scale, smoothing, inverse_temperature,
@@ -212,7 +212,7 @@ def losses(
     block = _block(width)
     if rows.number:
         with torch.cuda.device_of(logits):
-            _forward_kernel[(rows.number,)](
+            _cross_entropy_kernel[(rows.number,)](
                 *rows, labels.contiguous(), loss, lse, loss if top1 is None else top1,
                 loss if entropy is None else entropy, width, *_numbers(form), SOFTCAP=form.softcap != 0,
                 SMOOTHING=form.smoothing != 0, METRICS=top1 is not None, BLOCK=block, num_warps=_launch.warps(block),
@@ -236,7 +236,7 @@ def gradients(
     dlse_rows = dloss if dlse is None else dlse.reshape(-1)  # not read where there is none
     if logits.numel():
         with torch.cuda.device_of(logits):
-            _backward_kernel[(rows.number * triton.cdiv(width, block),)](
+            _cross_entropy_back_kernel[(rows.number * triton.cdiv(width, block),)](
                 *rows, *target, labels.contiguous(), lse, dloss, dloss.stride(0), dlse_rows, dlse_rows.stride(0),
                 width, *_numbers(form), SOFTCAP=form.softcap != 0, LSE_GRAD=dlse is not None, BLOCK=block,
                 num_warps=_launch.warps(block),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ftcore_kernels.ops import _launch
-from ftcore_kernels.reference.nf4_dequantize import NF4, AbsmaxState, check
+from ftcore_kernels.reference.nf4_dequantize import NF4, AbsmaxState, check, check_out
 
 _BLOCK = 2048  # bytes
 
@@ -26,6 +26,7 @@ def nf4_dequantize(
     blocksize: int = 64,
     dtype: torch.dtype = torch.bfloat16,
     absmax_state: AbsmaxState | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the weights that bitsandbytes packed as NF4.
 
@@ -37,6 +38,7 @@ def nf4_dequantize(
     :param blocksize: A power of two, at least 2.
     :param dtype: Of the result: fp16, bf16 or fp32.
     :param absmax_state: What doubly quantized scales need.
+    :param out: Contiguous memory for the result, in `shape` and `dtype`.
     :returns: Contiguous, in `shape` and `dtype`. No gradients.
     """
     check(packed, absmax, shape, blocksize, dtype, absmax_state)
@@ -45,7 +47,9 @@ def nf4_dequantize(
                                                       absmax_state.offset)  # fmt: skip
     if any(tensor.device != packed.device for tensor in tensors):
         raise ValueError(f"packed is on {packed.device}; all that belongs to it must be there too")
-    out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+    if out is None:
+        out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+    check_out(out, shape, dtype)
     number = out.numel()
     if number:
         code, absmax2, offset, blocksize2 = absmax_state or (absmax, absmax, absmax, 2)

@@ -49,7 +49,7 @@ def rms_norm(
 
 
 @triton.jit
-def _forward_kernel(
+def _rms_norm_kernel(
     x_ptr, x_inner, x_outer_stride, x_inner_stride, weight_ptr, out_ptr, rstd_ptr, rows, width, eps, offset,
     GEMMA: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _rms_norm_back_kernel(
     dout_ptr, dout_inner, dout_outer_stride, dout_inner_stride, x_ptr, x_inner, x_outer_stride, x_inner_stride,
     weight_ptr, rstd_ptr, dx_ptr, partial_ptr, rows, width, offset,
     GEMMA: tl.constexpr, WEIGHT_GRAD: tl.constexpr, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -123,7 +123,7 @@ class _RMSNorm(torch.autograd.Function):
         tile_rows, block = _tile(width)
         if x.numel():
             with torch.cuda.device_of(x):
-                _forward_kernel[(triton.cdiv(rows.number, tile_rows),)](
+                _rms_norm_kernel[(triton.cdiv(rows.number, tile_rows),)](
                     *rows, weight, out, rstd, rows.number, width, eps, offset,
                     GEMMA=gemma, TILE_ROWS=tile_rows, BLOCK=block, num_warps=_launch.warps(tile_rows * block),
                 )  # fmt: skip
@@ -145,7 +145,7 @@ class _RMSNorm(torch.autograd.Function):
         partial = torch.empty((programs if weight_grad else 0, width), dtype=torch.float32, device=x.device)
         if programs:
             with torch.cuda.device_of(x):
-                _backward_kernel[(programs,)](
+                _rms_norm_back_kernel[(programs,)](
                     *_launch.as_rows(dout), *rows, weight, rstd, dx, partial, rows.number, width, ctx.offset,
                     GEMMA=ctx.gemma, WEIGHT_GRAD=weight_grad, TILE_ROWS=tile_rows, BLOCK=block,
                     num_warps=_launch.warps(tile_rows * block),

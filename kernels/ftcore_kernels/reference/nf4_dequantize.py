@@ -33,6 +33,7 @@ def nf4_dequantize(
     blocksize: int = 64,
     dtype: torch.dtype = torch.bfloat16,
     absmax_state: AbsmaxState | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the weights that bitsandbytes packed as NF4.
 
@@ -44,6 +45,7 @@ def nf4_dequantize(
     :param blocksize: A power of two, at least 2.
     :param dtype: Of the result: fp16, bf16 or fp32.
     :param absmax_state: What doubly quantized scales need.
+    :param out: Contiguous memory for the result, in `shape` and `dtype`.
     :returns: Contiguous, in `shape` and `dtype`. No gradients.
     """
     check(packed, absmax, shape, blocksize, dtype, absmax_state)
@@ -55,7 +57,17 @@ def nf4_dequantize(
     packed = packed.reshape(-1)
     halves = torch.stack((packed >> 4, packed & 15), dim=1).reshape(-1)[:number]
     values = torch.tensor(NF4, dtype=torch.float32, device=packed.device)[halves.int()]
-    return (values * absmax.reshape(-1).repeat_interleave(blocksize)[:number]).to(dtype).view(tuple(shape))
+    weights = (values * absmax.reshape(-1).repeat_interleave(blocksize)[:number]).to(dtype).view(tuple(shape))
+    if out is None:
+        return weights
+    check_out(out, shape, dtype)
+    return out.copy_(weights)
+
+
+def check_out(out: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Refuse memory that the result does not fit."""
+    if tuple(out.shape) != tuple(shape) or out.dtype != dtype or not out.is_contiguous():
+        raise ValueError(f"out is {tuple(out.shape)} {out.dtype}; it must be contiguous {tuple(shape)} {dtype}")
 
 
 def check(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from ftcore import Kernel, Requirement
+from ftcore import Kernel, Phase, Requirement
 
 LAYERS = {
     "rms_norm": ("rms_norm", "rms_norm", frozenset({"unit_offset"})),
     "swiglu": ("mlp", "mlp", frozenset()),
     "rope": ("attention", "attention", frozenset({"qk_norm"})),
+    "linear_cross_entropy": ("lm_head", "lm_head", frozenset()),
 }
 """Op to the role that it serves, the module of `layers` that binds it, and the traits that it covers."""
+
+DECODER_TRAITS = frozenset(
+    {"qk_norm", "unit_offset", "sandwich_norm", "fused_projections", "sliding_window", "attention_softcap"}
+)
+"""Departures from Llama's layer that the whole-layer kernel covers."""
 
 GPU = Requirement(device="cuda", capability=(7, 0))
 TRITON = Requirement(device="triton", capability=(7, 0))
@@ -17,7 +23,16 @@ TRITON = Requirement(device="triton", capability=(7, 0))
 
 def kernels(implementation: str, needs: Requirement) -> list[Kernel]:
     """All ops in one implementation: `triton` or `reference`."""
-    return [
+    layer = Kernel(
+        f"{implementation}.decoder_layer",
+        "decoder_layer",
+        install=f"ftcore_kernels.layers.decoder:install_{implementation}",
+        traits=DECODER_TRAITS,
+        phase=Phase.ADAPTED,
+        needs=needs,
+        fits="ftcore_kernels.layers.decoder:fits",
+    )
+    return [layer] + [
         Kernel(
             f"{implementation}.{op}",
             role,

@@ -1,0 +1,96 @@
+"""How much each layer keeps for its backward pass: everything, if the memory is there, else what saves most work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ftcore.specs import Level, Recomputing
+
+GIVEN_AWAY = 0.04
+"""Part of the free memory that is left alone: the allocator's blocks are not all of one size."""
+
+
+@dataclass
+class Planner:
+    """Chooses a level for every layer of a model, once for each shape of batch.
+
+    The first plan is made before the optimizer has its state, the second once it has; after that a shape keeps its plan.
+    """
+
+    layers: Sequence[Recomputing]
+    budget: Callable[[int, int, int], int]
+    """From rows, row length and the number of plans made before to the bytes that activations may fill."""
+    _plans: dict[tuple[int, int], list[list[int]]] = field(default_factory=dict)
+    _now: list[int] = field(default_factory=list)
+
+    def attach(self) -> None:
+        """Make every layer ask this planner."""
+        for index, layer in enumerate(self.layers):
+            layer.choose = self._chooser(index)
+
+    def _chooser(self, index: int) -> Callable[[int, int], int]:
+        def choose(rows: int, length: int) -> int:
+            if index == 0:
+                self._now = self._plan(rows, length)
+            return self._now[index]
+
+        return choose
+
+    def _plan(self, rows: int, length: int) -> list[int]:
+        plans = self._plans.setdefault((rows, length), [])
+        everything = [len(layer.levels(1, 1)) - 1 for layer in self.layers]
+        # The first plan stands for two batches, so that gradients and optimizer state are there when memory is counted.
+        if len(plans) < 3 and (not plans or plans[-1] != everything):
+            if len(plans) == 1:
+                plans.append(plans[0])
+            else:
+                budget = self.budget(rows, length, len(plans))
+                plans.append(assign([layer.levels(rows, length) for layer in self.layers], budget))
+        return plans[-1]
+
+
+def assign(levels: Sequence[Sequence[Level]], budget: int) -> list[int]:
+    """The level of every layer: from the least on, whichever step saves most work for its bytes, while they last.
+
+    Steps within a layer are taken along the convex hull of its levels. Among equal steps the last layer's is the
+    first, because its backward comes first and gives the memory back.
+    """
+    chosen = [0] * len(levels)
+    left = budget - sum(of_layer[0].kept for of_layer in levels)
+    steps = sorted(
+        ((-saved / max(more, 1), -layer, to, more) for layer, of_layer in enumerate(levels)
+         for to, more, saved in _hull(of_layer)),
+    )  # fmt: skip
+    stuck: set[int] = set()
+    for _, negative, to, more in steps:
+        layer = -negative
+        if layer in stuck:
+            continue
+        if more <= left:
+            chosen[layer], left = to, left - more
+        else:
+            stuck.add(layer)  # a later step of this layer starts from the one that did not fit
+    # What is left may still pay for a smaller step of a layer whose best one did not fit.
+    for layer in range(len(levels) - 1, -1, -1):
+        for to in range(len(levels[layer]) - 1, chosen[layer], -1):
+            more = levels[layer][to].kept - levels[layer][chosen[layer]].kept
+            if more <= left:
+                chosen[layer], left = to, left - more
+                break
+    return chosen
+
+
+def _hull(levels: Sequence[Level]) -> list[tuple[int, int, float]]:
+    """Steps (to, more bytes, work saved) of falling worth from the first level to the last."""
+    steps, at = [], 0
+    while at < len(levels) - 1:
+        gains = [
+            ((levels[at].again - level.again) / max(level.kept - levels[at].kept, 1), to)
+            for to, level in enumerate(levels)
+            if to > at
+        ]
+        _, to = max(gains)
+        steps.append((to, levels[to].kept - levels[at].kept, levels[at].again - levels[to].again))
+        at = to
+    return steps

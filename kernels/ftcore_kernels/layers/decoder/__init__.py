@@ -1,0 +1,128 @@
+"""A whole decoder layer as one function: fewer passes over memory, and a choice of what is kept for the backward.
+
+`install_*` bind it to a layer of transformers. A call that it does not compute, such as generation with a cache, goes to
+the family's own forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftcore import Plan, Role, bind
+from ftcore_kernels.layers.decoder.function import run
+from ftcore_kernels.layers.decoder.keep import Keep
+from ftcore_kernels.layers.decoder.linear import Uncovered
+from ftcore_kernels.layers.decoder.recompute import Recompute
+from ftcore_kernels.layers.decoder.steps import Ops
+from ftcore_kernels.layers.decoder.structure import ACTIVATIONS, Structure, activation_name
+
+
+def forward(
+    module: Any,
+    hidden_states: torch.Tensor,
+    *,
+    structure: Structure,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """hidden_states `[B, S, H]` -> the same shape and dtype."""
+    recompute: Recompute = module.ftcore_recompute
+    keep = recompute.keep(hidden_states)
+    try:
+        if past_key_values is not None or position_embeddings is None or kwargs.get("output_attentions"):
+            raise Uncovered("a cache, no tables of angles, or attention weights asked for")
+        if torch.is_autocast_enabled(hidden_states.device.type) and hidden_states.dtype == torch.float32:
+            raise Uncovered("autocast would round 32-bit hidden states")
+        layer = structure.read(module, hidden_states, position_embeddings, attention_mask, kwargs)
+    except Uncovered:
+        whole = dict(
+            kwargs,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        return _own(module, hidden_states, keep, whole)
+    return run(layer, hidden_states, keep)
+
+
+def _own(module: Any, hidden_states: torch.Tensor, keep: Keep, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The family's forward, recomputed as a whole where something is."""
+    out: torch.Tensor
+    if keep is not Keep.ALL and torch.is_grad_enabled() and module.training:
+        from torch.utils.checkpoint import checkpoint
+
+        out = checkpoint(type(module).forward, module, hidden_states, use_reentrant=False, **kwargs)
+    else:
+        out = type(module).forward(module, hidden_states, **kwargs)
+    return out
+
+
+def fits(module: Any, role: Role, plan: Plan) -> str | None:
+    """Why this layer cannot be the manual one in this run, or None. Asked before the adapter is there."""
+    config = module.self_attn.config
+    name = activation_name(module.mlp)
+    if name not in ACTIVATIONS:
+        return f"has no kernel for the activation {name or 'of this MLP'}"
+    if getattr(config, "attention_dropout", 0.0) or getattr(config, "resid_pdrop", 0.0):
+        return "has no dropout"
+    adapter, quantizer = plan.run.adapter, plan.run.quantizer
+    if quantizer is not None and quantizer.name not in QUANTIZERS:
+        return f"does not read {quantizer.name} weights"
+    if adapter is None:
+        return None
+    if adapter.name == "full":
+        return "does not autocast 32-bit weights" if plan.dtype == "float16" else None
+    if adapter.name != "lora":
+        return f"does not know the adapter {adapter.name}"
+    settings: Any = adapter
+    if settings.dropout:
+        return "has no LoRA dropout"
+    if settings.variant.value == "dora":
+        return "has no DoRA"
+    if any(target.rpartition(".")[2] in plan.family.lora_targets for target in settings.modules_to_save):
+        return "has no projections that are trained whole beside LoRA"
+    return None
+
+
+QUANTIZERS = frozenset({"bnb_nf4"})
+"""Quantizers whose weights the manual layer reads."""
+
+
+def install_triton(module: nn.Module, role: Role) -> None:
+    """Bind the layer on Triton's steps."""
+    from ftcore_kernels.ops import lora_add, lora_glu, lora_grads, lora_rope, nf4_dequantize, norm_steps
+
+    _install(module, role, lora_add, lora_glu, lora_grads, lora_rope, nf4_dequantize, norm_steps)
+
+
+def install_reference(module: nn.Module, role: Role) -> None:
+    """Bind the layer on plain PyTorch's steps."""
+    from ftcore_kernels.reference import lora_add, lora_glu, lora_grads, lora_rope, nf4_dequantize, norm_steps
+
+    _install(module, role, lora_add, lora_glu, lora_grads, lora_rope, nf4_dequantize, norm_steps)
+
+
+def _install(module: Any, role: Role, add: Any, glu: Any, grads: Any, rope: Any, nf4: Any, norms: Any) -> None:
+    ops = Ops(
+        norm=norms.norm,
+        add_norm=norms.add_norm,
+        norm_backward=norms.norm_backward,
+        lora_rope=rope.lora_rope,
+        lora_rope_backward=rope.lora_rope_backward,
+        lora_glu=glu.lora_glu,
+        lora_glu_backward=glu.lora_glu_backward,
+        lora_add=add.lora_add,
+        lora_grads=grads.lora_grads,
+        nf4_dequantize=nf4.nf4_dequantize,
+    )
+    structure = Structure(role.traits, ops)
+    structure.arrange(module)
+    module.ftcore_recompute = Recompute(
+        structure.groups(module), module.self_attn.head_dim, "sandwich_norm" in role.traits
+    )
+    bind(module, forward, structure=structure)

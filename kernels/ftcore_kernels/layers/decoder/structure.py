@@ -1,0 +1,124 @@
+"""From a transformers decoder layer to the parts that the manual layer computes with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftcore import Role
+from ftcore_kernels.layers.decoder.attention import choose
+from ftcore_kernels.layers.decoder.linear import Fused, Uncovered, is_fp8, is_nf4, make_neighbours, read
+from ftcore_kernels.layers.decoder.steps import Layer, Ops
+from ftcore_kernels.reference.lora_glu import Activation
+from ftcore_kernels.reference.lora_rope import HeadNorm, Heads
+from ftcore_kernels.reference.norm_steps import Norm
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+}
+"""transformers' names of the activations that there are kernels for."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a family's layer is built, from its role's traits."""
+
+    traits: frozenset[str]
+    ops: Ops
+
+    def read(
+        self,
+        module: Any,
+        hidden: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        options: dict[str, Any],
+    ) -> Layer:
+        """The layer as it is now. Raises Uncovered for what the manual layer does not compute."""
+        attention, mlp = module.self_attn, module.mlp
+        if module.training and attention.attention_dropout:
+            raise Uncovered("attention has dropout")
+        qkv, out, gate_up, down = (Fused([read(linear) for linear in group]) for group in self.groups(module))
+        dtype = hidden.dtype
+        for fused in (qkv, out, gate_up, down):
+            base = fused.sources[0].base
+            if not (is_nf4(base) or is_fp8(base)) and base.weight.dtype != dtype:
+                raise Uncovered(f"weights are {base.weight.dtype}, the hidden states {dtype}")
+        sandwich = "sandwich_norm" in self.traits
+        if sandwich:
+            middle, after = module.pre_feedforward_layernorm, module.post_attention_layernorm
+        else:
+            middle, after = module.post_attention_layernorm, None
+        head_norm = None
+        if "qk_norm" in self.traits:
+            q_norm, k_norm = self.norm(attention.q_norm), self.norm(attention.k_norm)
+            head_norm = HeadNorm(q_norm.weight, k_norm.weight, q_norm.eps, q_norm.offset, q_norm.gemma)
+        dim = attention.head_dim
+        kv = (qkv.width - out.inputs) // 2
+        options = {**options, **self.window(attention)}
+        return Layer(
+            ops=self.ops,
+            batch=hidden.shape[0],
+            length=hidden.shape[1],
+            heads=Heads(out.inputs // dim, kv // dim, dim),
+            activation=ACTIVATIONS[activation_name(mlp)],
+            cos=position_embeddings[0],
+            sin=position_embeddings[1],
+            attention=choose(attention, hidden, mask, options.get("sliding_window"), options),
+            qkv=qkv,
+            out=out,
+            gate_up=gate_up,
+            down=down,
+            input_norm=self.norm(module.input_layernorm),
+            middle_norm=self.norm(middle),
+            head_norm=head_norm,
+            attention_norm=self.norm(after) if after is not None else None,
+            mlp_norm=self.norm(module.post_feedforward_layernorm) if sandwich else None,
+        )
+
+    def groups(self, module: Any) -> list[list[nn.Module]]:
+        """The linear modules of the four products."""
+        attention, mlp = module.self_attn, module.mlp
+        if "fused_projections" in self.traits:
+            return [[attention.qkv_proj], [attention.o_proj], [mlp.gate_up_proj], [mlp.down_proj]]
+        return [
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            [attention.o_proj],
+            [mlp.gate_proj, mlp.up_proj],
+            [mlp.down_proj],
+        ]
+
+    def norm(self, module: Any) -> Norm:
+        """A norm and the family's conventions."""
+        gemma = "unit_offset" in self.traits
+        eps = getattr(module, "variance_epsilon", None) or module.eps
+        return Norm(module.weight, eps, 1.0 if gemma else 0.0, gemma)
+
+    def window(self, attention: Any) -> dict[str, int | None]:
+        """The sliding window that transformers would hand to its attention function."""
+        if "sliding_window" not in self.traits:
+            return {}
+        if hasattr(attention, "sliding_window"):
+            return {"sliding_window": attention.sliding_window}
+        return {"sliding_window": getattr(attention.config, "sliding_window", None)}
+
+    def arrange(self, module: nn.Module) -> None:
+        """Put the 16-bit weights that share an input behind each other, so that one product serves them."""
+        for group in self.groups(module):
+            bases = [getattr(linear, "base_layer", linear) for linear in group]
+            if all(type(base) is nn.Linear for base in bases):
+                make_neighbours([base.weight for base in bases])
+
+
+def activation_name(mlp: Any) -> str:
+    """transformers' name of an MLP's activation."""
+    config = getattr(mlp, "config", None)
+    name: str = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or ""
+    return name

@@ -1,0 +1,58 @@
+"""A projection's output with its low-rank update, added to the residual stream in one pass.
+
+A plain step of a manual backward, not a differentiable function: `ftcore_kernels.layers.decoder` uses it.
+"""
+
+# Triton has no types.
+# mypy: disable-error-code="import-untyped,no-untyped-call,no-untyped-def,untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+
+from ftcore_kernels.ops import _launch
+from ftcore_kernels.ops.lora_glu import _place
+
+_TOKENS, _COLUMNS = 32, 128
+
+
+def lora_add(
+    residual: torch.Tensor | None, x: torch.Tensor, xa: torch.Tensor | None = None, b: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return `residual + x + xa @ b.T`, rounded once, in the memory of `x`.
+
+    :param residual: `[M, N]` contiguous, or None.
+    :param x: `[M, N]` contiguous. Overwritten.
+    :param xa: `[M, R]` with contiguous rows, or None.
+    :param b: `[N, R]` contiguous, R a power of two from 16 on.
+    """
+    _launch.check(x=x)
+    if x.numel():
+        tokens, width = x.shape
+        grid = (triton.cdiv(tokens, _TOKENS) * triton.cdiv(width, _COLUMNS),)
+        update = (x, 0, x) if xa is None or b is None else (xa, xa.stride(0), b)
+        with torch.cuda.device_of(x):
+            _lora_add_kernel[grid](
+                x if residual is None else residual, x, *update, tokens, width, RESIDUAL=residual is not None,
+                RANK=0 if b is None else b.shape[1], TOKENS=_TOKENS, COLUMNS=_COLUMNS, num_warps=4,
+            )  # fmt: skip
+    return x
+
+
+@triton.jit
+def _lora_add_kernel(
+    residual_ptr, x_ptr, xa_ptr, xa_stride, b_ptr, tokens, width,
+    RESIDUAL: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program per [TOKENS, COLUMNS]."""
+    token, column, mask = _place(tokens, width, TOKENS, COLUMNS)
+    at = token * width + column
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if RANK:
+        rank = tl.arange(0, RANK)
+        xa = tl.load(xa_ptr + token * xa_stride + rank[None, :], mask=token < tokens, other=0.0)
+        b = tl.load(b_ptr + column * RANK + rank[:, None], mask=column < width, other=0.0)
+        x += tl.dot(xa, b, input_precision="ieee")
+    tl.store(x_ptr + at, x, mask=mask)

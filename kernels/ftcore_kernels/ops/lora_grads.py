@@ -1,0 +1,109 @@
+"""The two gradients of a low-rank update that read the gradient of its product, in one pass over that.
+
+`dy B` adds up over columns and `dy^T xa` over rows. A program owns a block of both: it walks down its rows, keeps its
+columns' part of the second sum in registers, and leaves its part of the first for each row. The parts are added in a
+fixed order, so two runs agree to the last bit.
+"""
+
+# Triton has no types.
+# mypy: disable-error-code="import-untyped,no-untyped-call,no-untyped-def,untyped-decorator"
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from ftcore_kernels.ops import _launch
+from ftcore_kernels.reference import lora_grads as reference
+
+_COLUMNS, _ROWS, _WALK = 512, 32, 1024
+_SEGMENTS = 3
+
+
+def lora_grads(
+    dy: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, widths: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of `xa` and of `b`, where `y = xa @ b.T` per segment of columns.
+
+    :param dy: `[M, N]` with contiguous rows.
+    :param xa: `[M, P R]` with contiguous rows: the P segments' inputs side by side; R a power of two from 16 on.
+    :param b: `[N, R]` contiguous: the segments one under the other.
+    :param widths: Columns of `dy` in each of at most three segments; they add up to N.
+    :returns: `[M, P R]` in the dtype of `dy`, and `[N, R]` fp32.
+    """
+    _launch.check(dy=dy, xa=xa, b=b)
+    if len(widths) > _SEGMENTS or sum(widths) != dy.shape[1] or b.shape[1] * len(widths) != xa.shape[1]:
+        raise ValueError(f"segments {tuple(widths)} do not fit dy {tuple(dy.shape)} and xa {tuple(xa.shape)}")
+    (tokens, width), rank = dy.shape, b.shape[1]
+    if not dy.numel():
+        return reference.lora_grads(dy, xa, b, widths)
+    blocks = [triton.cdiv(segment, _COLUMNS) for segment in widths]
+    walks = triton.cdiv(tokens, _WALK)
+    dxa_parts = torch.empty((sum(blocks), tokens, rank), dtype=torch.float32, device=dy.device)
+    db_parts = torch.empty((walks, width, rank), dtype=torch.float32, device=dy.device)
+    dxa = torch.empty(xa.shape, dtype=dy.dtype, device=dy.device)
+    segments = (*widths, 0, 0)[:_SEGMENTS]
+    with torch.cuda.device_of(dy):
+        _lora_grads_kernel[(sum(blocks), walks)](
+            dy, dy.stride(0), xa, xa.stride(0), b, dxa_parts, db_parts, tokens, width, *segments,
+            RANK=rank, COLUMNS=_COLUMNS, ROWS=_ROWS, WALK=_WALK, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        _lora_sum_kernel[(triton.cdiv(tokens, 64), len(widths))](
+            dxa_parts, dxa, tokens, *segments, RANK=rank, COLUMNS=_COLUMNS, SEGMENTS=len(widths), ROWS=64, num_warps=4
+        )
+    return dxa, db_parts[0] if walks == 1 else db_parts.sum(0)
+
+
+@triton.jit
+def _lora_grads_kernel(
+    dy_ptr, dy_stride, xa_ptr, xa_stride, b_ptr, dxa_ptr, db_ptr, tokens, width, first_width, second_width, third_width,
+    RANK: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, WALK: tl.constexpr,
+):  # fmt: skip
+    """One program per COLUMNS of a segment and WALK rows."""
+    block = tl.program_id(0)
+    first_blocks, second_blocks = tl.cdiv(first_width, COLUMNS), tl.cdiv(second_width, COLUMNS)
+    segment = (block >= first_blocks).to(tl.int32) + (block >= first_blocks + second_blocks).to(tl.int32)
+    inner = block - tl.where(segment > 0, first_blocks, 0) - tl.where(segment > 1, second_blocks, 0)
+    start = tl.where(segment > 0, first_width, 0) + tl.where(segment > 1, second_width, 0)
+    end = start + tl.where(segment == 0, first_width, tl.where(segment == 1, second_width, third_width))
+    column = (start + inner * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    rank = tl.arange(0, RANK)
+    b = tl.load(b_ptr + column[:, None] * RANK + rank[None, :], mask=(column < end)[:, None], other=0.0)
+    db = tl.zeros((COLUMNS, RANK), tl.float32)
+    walk = tl.program_id(1).to(tl.int64) * WALK
+    for step in range(0, WALK, ROWS):
+        row = walk + step + tl.arange(0, ROWS)
+        rows = row < tokens
+        dy = tl.load(
+            dy_ptr + row[:, None] * dy_stride + column[None, :], mask=rows[:, None] & (column < end)[None, :], other=0.0
+        )
+        xa = tl.load(
+            xa_ptr + row[:, None] * xa_stride + segment * RANK + rank[None, :], mask=rows[:, None], other=0.0
+        )
+        dxa = tl.dot(dy, b, input_precision="ieee")
+        tl.store(
+            dxa_ptr + (block.to(tl.int64) * tokens + row[:, None]) * RANK + rank[None, :], dxa, mask=rows[:, None]
+        )
+        db += tl.dot(tl.trans(dy), xa, input_precision="ieee")
+    at = (tl.program_id(1).to(tl.int64) * width + column[:, None]) * RANK + rank[None, :]
+    tl.store(db_ptr + at, db, mask=(column < end)[:, None])
+
+
+@triton.jit
+def _lora_sum_kernel(
+    parts_ptr, dxa_ptr, tokens, first_width, second_width, third_width,
+    RANK: tl.constexpr, COLUMNS: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program per ROWS rows and segment: the parts of its blocks added up."""
+    segment = tl.program_id(1)
+    first_blocks, second_blocks = tl.cdiv(first_width, COLUMNS), tl.cdiv(second_width, COLUMNS)
+    start = tl.where(segment > 0, first_blocks, 0) + tl.where(segment > 1, second_blocks, 0)
+    blocks = tl.where(segment == 0, first_blocks, tl.where(segment == 1, second_blocks, tl.cdiv(third_width, COLUMNS)))
+    row, rank = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
+    mask = (row < tokens)[:, None]
+    total = tl.zeros((ROWS, RANK), tl.float32)
+    for block in range(0, blocks):
+        at = ((start + block).to(tl.int64) * tokens + row[:, None]) * RANK + rank[None, :]
+        total += tl.load(parts_ptr + at, mask=mask, other=0.0)
+    tl.store(dxa_ptr + row[:, None] * (SEGMENTS * RANK) + segment * RANK + rank[None, :], total, mask=mask)
