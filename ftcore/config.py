@@ -20,6 +20,13 @@ class Memory(Enum):
     offload = "offload"
 
 
+class Graphs(Enum):
+    """Whether launches of small models are recorded as CUDA graphs and replayed."""
+
+    auto = "auto"
+    off = "off"
+
+
 class Optimizer(Enum):
     """Optimizers by the names transformers uses."""
 
@@ -219,6 +226,10 @@ class RunConfig:
 
     memory: Memory = Memory.auto
     """What is recomputed to save memory: `off` nothing, `least` every layer, `auto` only what does not fit."""
+    memory_limit: float | None = None
+    """GiB of GPU memory that `memory=auto` plans with; null takes what is free."""
+    graphs: Graphs = Graphs.auto
+    """Record the layers' launches as CUDA graphs where they take longer than the work (`auto`), or never (`off`)."""
     rewards: list[str] = field(default_factory=list)
     """Reward functions of your own: `rewards=[my_rewards.py:length]`."""
     plugins: list[str] = field(default_factory=list)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from ftcore.config import Memory
+from ftcore.config import Graphs, Memory
 from ftcore.planner import GIVEN_AWAY, Planner
 from ftcore.specs import Plan, Recomputing
 
@@ -25,8 +26,13 @@ def apply(plan: Plan, model: Any) -> bool:
     if chosen and mode is Memory.least:
         for layer in chosen:
             layer.choose = _least
+        chosen[-1].choose = _least_of_last(model, chosen[-1])
     elif chosen and mode is Memory.auto and plan.device.kind == "cuda":
-        Planner(chosen, lambda rows, length, made: budget(model, chosen, rows, length, first=made == 0)).attach()
+        limit = plan.run.memory_limit
+        Planner(chosen, lambda rows, length, made: budget(model, chosen, rows, length, made == 0, limit)).attach()
+    if plan.device.kind == "cuda" and plan.run.graphs is Graphs.auto:
+        for before, layer in zip([None, *chosen], chosen, strict=False):
+            layer.follow(before)
     recompute = wants_recompute(plan, model)
     if recompute and len(chosen) < _number_of_layers(model):
         # Non-reentrant: works with frozen inputs, and recomputes only what the backward pass asks for.
@@ -46,27 +52,47 @@ def _least(rows: int, length: int) -> int:
     return 0
 
 
+def _least_of_last(model: Any, layer: Recomputing) -> Callable[[int, int], int]:
+    """What the last layer may keep at no cost: the head needs less memory than a layer's backward, which comes next."""
+
+    def choose(rows: int, length: int) -> int:
+        levels = layer.levels(rows, length)
+        spare = layer.workspace(rows, length) - head_bytes(model, rows, length)
+        return max(index for index, level in enumerate(levels) if level.kept - levels[0].kept <= max(spare, 0))
+
+    return choose
+
+
+def head_bytes(model: Any, rows: int, length: int) -> int:
+    """Bytes that the fused head needs for a while: a chunk of logits and its gradient, and the rows' gradients."""
+    text = model.config.get_text_config()
+    return 6 * HEAD_ROWS * int(text.vocab_size) + 6 * rows * length * int(text.hidden_size)
+
+
 def _number_of_layers(model: Any) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
 
-def budget(model: Any, layers: list[Recomputing], rows: int, length: int, first: bool) -> int:
+def budget(
+    model: Any, layers: list[Recomputing], rows: int, length: int, first: bool, limit: float | None = None
+) -> int:
     """Bytes of GPU memory that activations of a batch may fill, counted at the start of a forward pass.
 
     :param first: Whether gradients and optimizer state are still to come.
+    :param limit: GiB that the process may take in all, if fewer than there are.
     """
     import torch
 
-    free, _ = torch.cuda.mem_get_info()
-    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    text = model.config.get_text_config()
-    width = 2 * text.hidden_size
-    head = 6 * HEAD_ROWS * text.vocab_size + 3 * rows * length * width
-    workspace = max(layer.workspace(rows, length) for layer in layers)
+    allocated = torch.cuda.memory_allocated()
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - allocated
+    if limit is not None:
+        free = min(free, int(limit * 2**30) - allocated)
+    workspace = max(head_bytes(model, rows, length), *(layer.workspace(rows, length) for layer in layers))
     waiting = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None)
     if first:
         waiting += sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
-    return int((1 - GIVEN_AWAY) * free) - max(head, workspace) - waiting
+    spare = GIVEN_AWAY * free if limit is None else 0
+    return int(free - spare) - workspace - int(waiting)
 
 
 def wants_recompute(plan: Plan, model: Any) -> bool:

@@ -92,7 +92,8 @@ def resolve(
 
 def _fitting(sites: list[_Site], skipped: list[Skip], plan: Plan | None) -> list[_Site]:
     """The sites whose kernel takes them in this run; the reasons of the others are told once each."""
-    kept, reasons = [], {}
+    kept = []
+    reasons: dict[tuple[str, str, str], None] = {}  # ordered, and each once
     for site in sites:
         reason = None
         if site.kernel.fits and plan is not None:

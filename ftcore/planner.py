@@ -15,7 +15,7 @@ GIVEN_AWAY = 0.04
 class Planner:
     """Chooses a level for every layer of a model, once for each shape of batch.
 
-    The first plan is made before the optimizer has its state, the second once it has; after that a shape keeps its plan.
+    The first plan is made before the optimizer has its state, the second once it has; then a shape keeps its plan.
     """
 
     layers: Sequence[Recomputing]

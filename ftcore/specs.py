@@ -111,6 +111,10 @@ class Recomputing(Protocol):
         """Bytes that one backward pass of the module needs for a while."""
         ...
 
+    def follow(self, before: Any) -> None:
+        """Record the launches of small batches on a GPU; `before` is the one before this in the model, or None."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:

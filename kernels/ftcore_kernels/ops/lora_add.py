@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from ftcore_kernels.ops import _launch
-from ftcore_kernels.ops.lora_glu import _place
+from ftcore_kernels.ops.lora_glu import place
 
-_TOKENS, _COLUMNS = 32, 128
+_TOKENS, _COLUMNS, _STEPS = 32, 128, 4
 
 
 def lora_add(
@@ -29,12 +29,12 @@ def lora_add(
     _launch.check(x=x)
     if x.numel():
         tokens, width = x.shape
-        grid = (triton.cdiv(tokens, _TOKENS) * triton.cdiv(width, _COLUMNS),)
+        grid = (triton.cdiv(tokens, _TOKENS * _STEPS) * triton.cdiv(width, _COLUMNS),)
         update = (x, 0, x) if xa is None or b is None else (xa, xa.stride(0), b)
         with torch.cuda.device_of(x):
             _lora_add_kernel[grid](
                 x if residual is None else residual, x, *update, tokens, width, RESIDUAL=residual is not None,
-                RANK=0 if b is None else b.shape[1], TOKENS=_TOKENS, COLUMNS=_COLUMNS, num_warps=4,
+                RANK=0 if b is None else b.shape[1], TOKENS=_TOKENS, COLUMNS=_COLUMNS, STEPS=_STEPS, num_warps=4,
             )  # fmt: skip
     return x
 
@@ -42,17 +42,21 @@ def lora_add(
 @triton.jit
 def _lora_add_kernel(
     residual_ptr, x_ptr, xa_ptr, xa_stride, b_ptr, tokens, width,
-    RESIDUAL: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    RESIDUAL: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """One program per [TOKENS, COLUMNS]."""
-    token, column, mask = _place(tokens, width, TOKENS, COLUMNS)
-    at = token * width + column
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    """One program per STEPS blocks [TOKENS, COLUMNS], one under the other."""
+    first, column = place(width, TOKENS * STEPS, COLUMNS)
+    b = 0.0
     if RANK:
-        rank = tl.arange(0, RANK)
-        xa = tl.load(xa_ptr + token * xa_stride + rank[None, :], mask=token < tokens, other=0.0)
-        b = tl.load(b_ptr + column * RANK + rank[:, None], mask=column < width, other=0.0)
-        x += tl.dot(xa, b, input_precision="ieee")
-    tl.store(x_ptr + at, x, mask=mask)
+        b = tl.load(b_ptr + column * RANK + tl.arange(0, RANK)[:, None], mask=column < width, other=0.0)
+    for step in range(STEPS):
+        token = first + step * TOKENS + tl.arange(0, TOKENS)[:, None]
+        mask = (token < tokens) & (column < width)
+        at = token * width + column
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if RESIDUAL:
+            x += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if RANK:
+            xa = tl.load(xa_ptr + token * xa_stride + tl.arange(0, RANK)[None, :], mask=token < tokens, other=0.0)
+            x += tl.dot(xa, b, input_precision="ieee")
+        tl.store(x_ptr + at, x, mask=mask)

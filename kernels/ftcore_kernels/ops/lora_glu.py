@@ -21,7 +21,8 @@ from ftcore_kernels.ops.geglu import _distribution
 from ftcore_kernels.reference.lora_glu import ACTIVATIONS, Activation
 from ftcore_kernels.reference.lora_rope import Update
 
-_TOKENS, _COLUMNS = 32, 128
+# Few rows at a time, for registers, but many one after the other, for the factors of the update.
+_TOKENS, _COLUMNS, _STEPS, _WARPS = 16, 128, 8, 2
 
 
 def lora_glu(gate_up: torch.Tensor, activation: Activation = "silu", update: Update | None = None) -> torch.Tensor:
@@ -80,9 +81,9 @@ def _arguments(gate_up, activation, update):
     xa, b, blocks = (gate_up, gate_up, (0, 0)) if update is None else update
     constants = {
         "RANK": 0 if update is None else b.shape[1], "GATE_RANKS": blocks[0], "UP_RANKS": blocks[1],
-        "ACTIVATION": activation, "TOKENS": _TOKENS, "COLUMNS": _COLUMNS, "num_warps": 4,
+        "ACTIVATION": activation, "TOKENS": _TOKENS, "COLUMNS": _COLUMNS, "STEPS": _STEPS, "num_warps": _WARPS,
     }  # fmt: skip
-    grid = (triton.cdiv(tokens, _TOKENS) * triton.cdiv(width, _COLUMNS),)
+    grid = (triton.cdiv(tokens, _TOKENS * _STEPS) * triton.cdiv(width, _COLUMNS),)
     return grid, (xa, xa.stride(0), b, tokens, width), constants
 
 
@@ -90,69 +91,85 @@ def _arguments(gate_up, activation, update):
 def _lora_glu_kernel(
     gate_up_ptr, out_ptr, xa_ptr, xa_stride, b_ptr, tokens, width,
     RANK: tl.constexpr, GATE_RANKS: tl.constexpr, UP_RANKS: tl.constexpr, ACTIVATION: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """One program per [TOKENS, COLUMNS] of the activation."""
-    token, column, mask = _place(tokens, width, TOKENS, COLUMNS)
-    gate_at = token * (2 * width) + column
-    gate, up = _load(gate_up_ptr, gate_at, xa_ptr, xa_stride, b_ptr, token, column, mask, tokens, width,
-                     RANK, GATE_RANKS, UP_RANKS)  # fmt: skip
-    activated, _ = _activate(gate, ACTIVATION)
-    tl.store(out_ptr + token * width + column, activated * up, mask=mask)
+    """One program per STEPS blocks [TOKENS, COLUMNS] of the activation, one under the other."""
+    first, column = place(width, TOKENS * STEPS, COLUMNS)
+    gate_b, up_b = _factors(b_ptr, column, width, RANK)
+    for step in range(STEPS):
+        token = first + step * TOKENS + tl.arange(0, TOKENS)[:, None]
+        mask = (token < tokens) & (column < width)
+        gate_at = token * (2 * width) + column
+        gate, up = _load(gate_up_ptr, gate_at, width, xa_ptr + token * xa_stride, gate_b, up_b, token < tokens, mask,
+                         RANK, GATE_RANKS, UP_RANKS)  # fmt: skip
+        activated, _ = _activate(gate, ACTIVATION)
+        tl.store(out_ptr + token * width + column, activated * up, mask=mask)
 
 
 @triton.jit
 def _lora_glu_back_kernel(
     dout_ptr, gate_up_ptr, dxa_ptr, dxa_stride, a_ptr, xa_ptr, xa_stride, b_ptr, tokens, width,
     RANK: tl.constexpr, GATE_RANKS: tl.constexpr, UP_RANKS: tl.constexpr, ACTIVATION: tl.constexpr,
-    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, DOWN_RANK: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, DOWN_RANK: tl.constexpr,
 ):  # fmt: skip
-    """As the forward: dgate = dout * up * f'(gate) and dup = dout * f(gate) over gate and up, f(gate) * up over dout."""
-    token, column, mask = _place(tokens, width, TOKENS, COLUMNS)
-    gate_at, out_at = token * (2 * width) + column, token * width + column
-    dout = tl.load(dout_ptr + out_at, mask=mask, other=0.0).to(tl.float32)
+    """As the forward: dout * up * f'(gate) and dout * f(gate) over gate and up, f(gate) * up over dout."""
+    first, column = place(width, TOKENS * STEPS, COLUMNS)
+    gate_b, up_b = _factors(b_ptr, column, width, RANK)
+    a = 0.0
     if DOWN_RANK:
         rank = tl.arange(0, DOWN_RANK)
-        dxa = tl.load(dxa_ptr + token * dxa_stride + rank[None, :], mask=token < tokens, other=0.0)
         a = tl.load(a_ptr + rank[:, None].to(tl.int64) * width + column, mask=column < width, other=0.0)
-        dout += tl.dot(dxa, a, input_precision="ieee")
-    gate, up = _load(gate_up_ptr, gate_at, xa_ptr, xa_stride, b_ptr, token, column, mask, tokens, width,
-                     RANK, GATE_RANKS, UP_RANKS)  # fmt: skip
-    activated, slope = _activate(gate, ACTIVATION)
-    tl.store(gate_up_ptr + gate_at, dout * up * slope, mask=mask)
-    tl.store(gate_up_ptr + gate_at + width, dout * activated, mask=mask)
-    tl.store(dout_ptr + out_at, activated * up, mask=mask)
+    for step in range(STEPS):
+        token = first + step * TOKENS + tl.arange(0, TOKENS)[:, None]
+        mask = (token < tokens) & (column < width)
+        gate_at, out_at = token * (2 * width) + column, token * width + column
+        dout = tl.load(dout_ptr + out_at, mask=mask, other=0.0).to(tl.float32)
+        if DOWN_RANK:
+            rank = tl.arange(0, DOWN_RANK)
+            dxa = tl.load(dxa_ptr + token * dxa_stride + rank[None, :], mask=token < tokens, other=0.0)
+            dout += tl.dot(dxa, a, input_precision="ieee")
+        gate, up = _load(gate_up_ptr, gate_at, width, xa_ptr + token * xa_stride, gate_b, up_b, token < tokens, mask,
+                         RANK, GATE_RANKS, UP_RANKS)  # fmt: skip
+        activated, slope = _activate(gate, ACTIVATION)
+        tl.store(gate_up_ptr + gate_at, dout * up * slope, mask=mask)
+        tl.store(gate_up_ptr + gate_at + width, dout * activated, mask=mask)
+        tl.store(dout_ptr + out_at, activated * up, mask=mask)
 
 
 @triton.jit
-def _place(tokens, width, TOKENS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's tokens [TOKENS, 1] and columns [1, COLUMNS], int64. Neighbours share tokens, so that they share xa."""
+def place(width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's first row and its columns [1, COLUMNS], int64. Neighbours share rows."""
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(width, COLUMNS)
-    token = (program // blocks * TOKENS + tl.arange(0, TOKENS))[:, None]
-    column = (program % blocks * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    return token, column, (token < tokens) & (column < width)
+    return program // blocks * ROWS, (program % blocks * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+
+
+@triton.jit
+def _factors(b_ptr, column, width, RANK: tl.constexpr):
+    """The update's factors of this program's columns, [RANK, COLUMNS] each: loaded once for all its rows."""
+    gate_b, up_b = 0.0, 0.0
+    if RANK:
+        at = column * RANK + tl.arange(0, RANK)[:, None]
+        gate_b = tl.load(b_ptr + at, mask=column < width, other=0.0)
+        up_b = tl.load(b_ptr + at + width.to(tl.int64) * RANK, mask=column < width, other=0.0)
+    return gate_b, up_b
 
 
 @triton.jit
 def _load(
-    gate_up_ptr, gate_at, xa_ptr, xa_stride, b_ptr, token, column, mask, tokens, width,
+    gate_up_ptr, gate_at, width, xa_ptr, gate_b, up_b, rows, mask,
     RANK: tl.constexpr, GATE_RANKS: tl.constexpr, UP_RANKS: tl.constexpr,
 ):  # fmt: skip
     """Gate and up, fp32, the update added."""
     gate = tl.load(gate_up_ptr + gate_at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + gate_at + width, mask=mask, other=0.0).to(tl.float32)
     if RANK:
-        rank = tl.arange(0, RANK)
-        xa_ptr += token * xa_stride + rank[None, :]
-        b_at = column * RANK + rank[:, None]
-        xa = tl.load(xa_ptr + GATE_RANKS * RANK, mask=token < tokens, other=0.0)
-        b = tl.load(b_ptr + b_at, mask=column < width, other=0.0)
-        gate += tl.dot(xa, b, input_precision="ieee")
+        xa_ptr += tl.arange(0, RANK)[None, :]
+        xa = tl.load(xa_ptr + GATE_RANKS * RANK, mask=rows, other=0.0)
+        gate += tl.dot(xa, gate_b, input_precision="ieee")
         if UP_RANKS != GATE_RANKS:
-            xa = tl.load(xa_ptr + UP_RANKS * RANK, mask=token < tokens, other=0.0)
-        b = tl.load(b_ptr + b_at + width.to(tl.int64) * RANK, mask=column < width, other=0.0)
-        up += tl.dot(xa, b, input_precision="ieee")
+            xa = tl.load(xa_ptr + UP_RANKS * RANK, mask=rows, other=0.0)
+        up += tl.dot(xa, up_b, input_precision="ieee")
     return gate, up
 
 

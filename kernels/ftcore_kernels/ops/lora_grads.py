@@ -17,7 +17,8 @@ import triton.language as tl
 from ftcore_kernels.ops import _launch
 from ftcore_kernels.reference import lora_grads as reference
 
-_COLUMNS, _ROWS, _WALK = 512, 32, 1024
+_COLUMNS, _ROWS = 512, 32
+_WALKS = (128, 256, 512, 1024)
 _SEGMENTS = 3
 
 
@@ -39,7 +40,8 @@ def lora_grads(
     if not dy.numel():
         return reference.lora_grads(dy, xa, b, widths)
     blocks = [triton.cdiv(segment, _COLUMNS) for segment in widths]
-    walks = triton.cdiv(tokens, _WALK)
+    walk = _walk(tokens, sum(blocks), _launch.processors(dy.device))
+    walks = triton.cdiv(tokens, walk)
     dxa_parts = torch.empty((sum(blocks), tokens, rank), dtype=torch.float32, device=dy.device)
     db_parts = torch.empty((walks, width, rank), dtype=torch.float32, device=dy.device)
     dxa = torch.empty(xa.shape, dtype=dy.dtype, device=dy.device)
@@ -47,12 +49,20 @@ def lora_grads(
     with torch.cuda.device_of(dy):
         _lora_grads_kernel[(sum(blocks), walks)](
             dy, dy.stride(0), xa, xa.stride(0), b, dxa_parts, db_parts, tokens, width, *segments,
-            RANK=rank, COLUMNS=_COLUMNS, ROWS=_ROWS, WALK=_WALK, num_warps=4, num_stages=3,
+            RANK=rank, COLUMNS=_COLUMNS, ROWS=_ROWS, WALK=walk, num_warps=4, num_stages=3,
         )  # fmt: skip
         _lora_sum_kernel[(triton.cdiv(tokens, 64), len(widths))](
             dxa_parts, dxa, tokens, *segments, RANK=rank, COLUMNS=_COLUMNS, SEGMENTS=len(widths), ROWS=64, num_warps=4
         )
     return dxa, db_parts[0] if walks == 1 else db_parts.sum(0)
+
+
+def _walk(tokens: int, blocks: int, processors: int) -> int:
+    """Rows of a program: as many as leave every processor two programs, for each walk leaves a part of dB to add."""
+    for walk in reversed(_WALKS):
+        if triton.cdiv(tokens, walk) * blocks >= 2 * processors:
+            return walk
+    return _WALKS[0]
 
 
 @triton.jit
@@ -78,13 +88,9 @@ def _lora_grads_kernel(
         dy = tl.load(
             dy_ptr + row[:, None] * dy_stride + column[None, :], mask=rows[:, None] & (column < end)[None, :], other=0.0
         )
-        xa = tl.load(
-            xa_ptr + row[:, None] * xa_stride + segment * RANK + rank[None, :], mask=rows[:, None], other=0.0
-        )
+        xa = tl.load(xa_ptr + row[:, None] * xa_stride + segment * RANK + rank[None, :], mask=rows[:, None], other=0.0)
         dxa = tl.dot(dy, b, input_precision="ieee")
-        tl.store(
-            dxa_ptr + (block.to(tl.int64) * tokens + row[:, None]) * RANK + rank[None, :], dxa, mask=rows[:, None]
-        )
+        tl.store(dxa_ptr + (block.to(tl.int64) * tokens + row[:, None]) * RANK + rank[None, :], dxa, mask=rows[:, None])
         db += tl.dot(tl.trans(dy), xa, input_precision="ieee")
     at = (tl.program_id(1).to(tl.int64) * width + column[:, None]) * RANK + rank[None, :]
     tl.store(db_ptr + at, db, mask=(column < end)[:, None])
@@ -103,7 +109,7 @@ def _lora_sum_kernel(
     row, rank = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
     mask = (row < tokens)[:, None]
     total = tl.zeros((ROWS, RANK), tl.float32)
-    for block in range(0, blocks):
+    for block in range(blocks):
         at = ((start + block).to(tl.int64) * tokens + row[:, None]) * RANK + rank[None, :]
         total += tl.load(parts_ptr + at, mask=mask, other=0.0)
     tl.store(dxa_ptr + row[:, None] * (SEGMENTS * RANK) + segment * RANK + rank[None, :], total, mask=mask)

@@ -1,4 +1,4 @@
-"""What comes between the query-key-value product and attention, in one pass over the fused buffer, forward and backward.
+"""What comes between the query-key-value product and attention, in one pass over the fused buffer, and back.
 
 That is the low-rank update of the three projections, the norm on every query and key head where the family has one,
 and the rotary position embedding. The backward turns the three gradients of attention back and packs them as the
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ftcore_kernels.ops import _launch
-from ftcore_kernels.reference.lora_rope import Heads, HeadNorm, Update
+from ftcore_kernels.reference.lora_rope import HeadNorm, Heads, Update
 
 _TILE = 4096  # pairs of a program's tile
 

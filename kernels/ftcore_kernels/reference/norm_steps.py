@@ -29,9 +29,7 @@ def norm(x: torch.Tensor, with_: Norm) -> tuple[torch.Tensor, torch.Tensor]:
     return _scaled(wide * rstd[:, None], with_, x.dtype), rstd
 
 
-def add_norm(
-    residual: torch.Tensor, x: torch.Tensor, with_: Norm
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def add_norm(residual: torch.Tensor, x: torch.Tensor, with_: Norm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Add `x` to `residual`, both `[M, H]`, and normalise.
 
     :returns: The sum, in the memory of `x`; the sum normalised, `[M, H]`; the reciprocal root mean squares `[M]`.

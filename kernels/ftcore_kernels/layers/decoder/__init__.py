@@ -1,7 +1,7 @@
 """A whole decoder layer as one function: fewer passes over memory, and a choice of what is kept for the backward.
 
-`install_*` bind it to a layer of transformers. A call that it does not compute, such as generation with a cache, goes to
-the family's own forward.
+`install_*` bind it to a layer of transformers. A call that it does not compute, such as generation with a cache, goes
+to the family's own forward.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ftcore import Plan, Role, bind
-from ftcore_kernels.layers.decoder.function import run
+from ftcore_kernels.layers.decoder.function import run, trained
 from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.linear import Uncovered
 from ftcore_kernels.layers.decoder.recompute import Recompute
@@ -33,6 +33,13 @@ def forward(
     """hidden_states `[B, S, H]` -> the same shape and dtype."""
     recompute: Recompute = module.ftcore_recompute
     keep = recompute.keep(hidden_states)
+    graphs, key, kind = None, (), (getattr(module.self_attn, "layer_type", None),)
+    if position_embeddings is not None and attention_mask is None and past_key_values is None:
+        graphs = recompute.recording(hidden_states) if module.training and torch.is_grad_enabled() else None
+    if graphs is not None and position_embeddings is not None:
+        key = (hidden_states.shape, hidden_states.dtype, hidden_states.requires_grad, keep, structure.state(module))
+        if (record := graphs.ready(key)) is not None:
+            return graphs.replay(record, hidden_states, position_embeddings, kind)
     try:
         if past_key_values is not None or position_embeddings is None or kwargs.get("output_attentions"):
             raise Uncovered("a cache, no tables of angles, or attention weights asked for")
@@ -47,6 +54,9 @@ def forward(
             past_key_values=past_key_values,
         )
         return _own(module, hidden_states, keep, whole)
+    if graphs is not None and layer.attention.recordable and trained(layer) and graphs.due(key):
+        record = graphs.record(key, layer, keep, kind, hidden_states.requires_grad)
+        return graphs.replay(record, hidden_states, position_embeddings, kind)
     return run(layer, hidden_states, keep)
 
 

@@ -21,6 +21,9 @@ Tensors = tuple[Any, ...]
 class Attention(Protocol):
     """Attention of `q` `[B, Hq, S, D]` to `k` and `v` `[B, Hkv, S, D]`, with any strides."""
 
+    recordable: bool
+    """Whether its launches are the same for every batch of a shape, so that a CUDA graph may hold them."""
+
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
         """The output `[B, S, Hq, D]`, contiguous, and what the backward needs besides it."""
         ...
@@ -34,6 +37,8 @@ class Attention(Protocol):
 
 class Cudnn:
     """cuDNN's fused attention: causal, no mask."""
+
+    recordable = True
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -61,8 +66,11 @@ class Cudnn:
 class Flash:
     """FlashAttention: causal, no mask, with a sliding window or with several documents in a row."""
 
-    def __init__(self, scale: float, window: int | None = None, documents: tuple[torch.Tensor, int] | None = None) -> None:
+    def __init__(
+        self, scale: float, window: int | None = None, documents: tuple[torch.Tensor, int] | None = None
+    ) -> None:
         self.scale = scale
+        self.recordable = documents is None
         self.documents = documents
         """Offsets of the documents in the flattened tokens, int32, and the length of the longest."""
         # A window of w tokens is the token itself and w - 1 before it.
@@ -105,6 +113,8 @@ class Flash:
 
 class Differentiated:
     """Any function of `q`, `k` and `v`: the backward runs it again and lets autograd differentiate it."""
+
+    recordable = False
 
     def __init__(self, function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         self.function = function

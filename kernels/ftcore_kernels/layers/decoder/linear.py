@@ -196,9 +196,7 @@ class Fused:
 
     # The gradients of what is trained ------------------------------------------------------------------------------
 
-    def gradients(
-        self, grads: Gradients, dy: torch.Tensor, x: torch.Tensor | None, dxa: torch.Tensor | None
-    ) -> None:
+    def gradients(self, grads: Gradients, dy: torch.Tensor, x: torch.Tensor | None, dxa: torch.Tensor | None) -> None:
         """Leave the gradients of weights, biases and A in `grads`."""
         weights = None
         if self.trained and x is not None:

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 from ftcore.specs import Level
+from ftcore_kernels.layers.decoder.graphs import Graphs
 from ftcore_kernels.layers.decoder.keep import Keep
+from ftcore_kernels.layers.decoder.linear import is_nf4
+
+LAUNCH_BOUND = 2e12
+"""Floating-point operations of a layer's forward below which launches are recorded: about 3 ms of an H100."""
 
 
 class Recompute:
@@ -16,11 +21,23 @@ class Recompute:
 
     def __init__(self, groups: Sequence[Sequence[Any]], head_dim: int, sandwich: bool) -> None:
         self.choose: Callable[[int, int], int] | None = None
+        self.graphs: Graphs | None = None
         bases = [[getattr(linear, "base_layer", linear) for linear in group] for group in groups]
         self._hidden, self._attended = bases[0][0].in_features, bases[1][0].in_features
         self._qkv, self._gate_up = (sum(base.out_features for base in bases[index]) for index in (0, 2))
         self._heads = self._attended // head_dim
         self._sandwich = sandwich
+        self._quantized = is_nf4(bases[0][0])
+        """Whether the products' weights are dequantized for a while."""
+
+    def follow(self, before: Recompute | None) -> None:
+        """Record the launches of small batches, in a chain with the layer before this one."""
+        self.graphs = Graphs(None if before is None else before.graphs)
+
+    def recording(self, hidden: torch.Tensor) -> Graphs | None:
+        """Where the launches of a batch `[B, S, H]` are recorded, if its kernels are short enough for that to pay."""
+        work = 2 * hidden.shape[0] * hidden.shape[1] * self._hidden * (self._qkv + self._attended + 1.5 * self._gate_up)
+        return self.graphs if work < LAUNCH_BOUND else None
 
     def keep(self, hidden: torch.Tensor) -> Keep:
         """What to keep of a forward pass over `[B, S, H]`."""
@@ -53,8 +70,7 @@ class Recompute:
 
     def workspace(self, rows: int, length: int) -> int:
         """Bytes that one backward holds at its peak besides what was kept: counted from the steps."""
-        mlp = self._gate_up + self._gate_up // 2 + 4 * self._hidden
+        mlp = self._gate_up + self._gate_up // 2 + self._qkv + self._attended + 3 * self._hidden
         attention = 3 * self._qkv + 2 * self._attended + 3 * self._hidden
-        # Dequantized weights of the products, where they are quantized.
-        weights = (self._gate_up + self._qkv) * self._hidden
+        weights = (self._gate_up + self._qkv) * self._hidden if self._quantized else 0
         return 2 * (rows * length * max(mlp, attention) + weights)

@@ -215,8 +215,18 @@ def complete(layer: Layer, kept: Kept, dense: Dense) -> None:
         _lower(layer, kept, activation, dense)
 
 
-def backward(layer: Layer, kept: Kept, dout: torch.Tensor, grads: Gradients, dx_wanted: bool) -> torch.Tensor | None:
-    """The gradient of the layer's input `[M, H]`, if wanted; those of what is trained go to `grads`."""
+def backward(
+    layer: Layer,
+    kept: Kept,
+    dout: torch.Tensor,
+    grads: Gradients,
+    dx_wanted: bool,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """The gradient of the layer's input `[M, H]`, if wanted, in memory of its own or `into`.
+
+    Those of what is trained go to `grads`.
+    """
     dense = Dense(layer.ops.nf4_dequantize)
     dense.hold = True
     complete(layer, kept, dense)
@@ -229,8 +239,8 @@ def backward(layer: Layer, kept: Kept, dout: torch.Tensor, grads: Gradients, dx_
     if dx_wanted or trained:
         dnormed = layer.qkv.product_grad(dqkv, dense, dxa)
         dx, dweight = ops.norm_backward(
-            dnormed, kept.x, kept.input_rstd, layer.input_norm, dmiddle, into=dmiddle, normed=wants_input,
-            weight_grad=trained,
+            dnormed, kept.x, kept.input_rstd, layer.input_norm, dmiddle, into=dmiddle if into is None else into,
+            normed=wants_input, weight_grad=trained,
         )  # fmt: skip
         grads[layer.input_norm.weight] = dweight  # type: ignore[index]
     else:

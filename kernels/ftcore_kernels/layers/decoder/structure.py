@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ftcore import Role
 from ftcore_kernels.layers.decoder.attention import choose
 from ftcore_kernels.layers.decoder.linear import Fused, Uncovered, is_fp8, is_nf4, make_neighbours, read
 from ftcore_kernels.layers.decoder.steps import Layer, Ops
@@ -82,6 +81,17 @@ class Structure:
             attention_norm=self.norm(after) if after is not None else None,
             mlp_norm=self.norm(module.post_feedforward_layernorm) if sandwich else None,
         )
+
+    def state(self, module: Any) -> tuple[Any, ...]:
+        """What can change about a layer without its parameters: which adapters are on, and where the weights are."""
+        linears = [linear for group in self.groups(module) for linear in group]
+        adapters = [
+            (layer["_disable_adapters"], tuple(layer["merged_adapters"]), tuple(layer["_active_adapter"]))
+            for layer in map(vars, linears)
+            if "merged_adapters" in layer
+        ]
+        first = getattr(linears[0], "base_layer", linears[0])
+        return (len(linears), *adapters, first.weight.data_ptr(), torch.are_deterministic_algorithms_enabled())
 
     def groups(self, module: Any) -> list[list[nn.Module]]:
         """The linear modules of the four products."""

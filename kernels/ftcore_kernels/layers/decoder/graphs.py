@@ -1,0 +1,223 @@
+"""CUDA graphs of a layer's forward and backward, for batches whose kernels are shorter than their launches.
+
+A shape of batch runs as usual until every kernel in it is compiled and every plan made; then its launches are recorded
+once per layer and replayed. Layers are chained through memory: a layer reads where the one before it wrote, so that a
+step copies the batch once, not once per layer. All graphs of a model share a pool of memory. That is safe because a
+batch's forward and backward are over before the next batch's begin; where they are not (two forwards before a
+backward), the second one runs as usual.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from ftcore_kernels.layers.decoder import steps
+from ftcore_kernels.layers.decoder.function import trained
+from ftcore_kernels.layers.decoder.keep import Keep
+from ftcore_kernels.layers.decoder.linear import Gradients, pack
+from ftcore_kernels.layers.decoder.steps import Kept, Layer
+
+SEEN_BEFORE = 3
+"""Times a shape runs as usual first."""
+SHAPES = 8
+"""Recorded shapes of a layer; every further one runs as usual."""
+
+Key = tuple[Any, ...]
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+class Shared:
+    """What the layers of a model share: memory, a stream to record on, tables of angles, gradients going down."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(self.stream):
+            # cuBLAS takes a workspace for each stream, which must not come from the pool of a graph.
+            some = torch.zeros((8, 8), dtype=torch.bfloat16, device=device)
+            torch.mm(some, some)
+        torch.cuda.current_stream(device).wait_stream(self.stream)
+        self._tables: dict[Key, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._sources: dict[Key, torch.Tensor] = {}
+        self._down: dict[Key, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def tables(self, key: Key, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The recorded place of the tables, with this batch's in it."""
+        key = (*key, cos.shape, cos.dtype)
+        if key not in self._tables:
+            self._tables[key] = cos.clone(), sin.clone()
+        elif self._sources[key] is not cos:  # the first layer of a batch copies for all
+            self._tables[key][0].copy_(cos)
+            self._tables[key][1].copy_(sin)
+        self._sources[key] = cos
+        return self._tables[key]
+
+    def down(self, like: torch.Tensor, index: int) -> torch.Tensor:
+        """Where layer `index` leaves the gradient of its input: two places, turn about."""
+        key = (like.shape, like.dtype)
+        if key not in self._down:
+            self._down[key] = torch.empty_like(like), torch.empty_like(like)
+        return self._down[key][index % 2]
+
+
+class Flight:
+    """Lives as long as somebody may still run the backward of a replayed forward."""
+
+    over = False
+
+
+class Record:
+    """One layer and one shape: two graphs and the memory that they read and write."""
+
+    def __init__(
+        self, layer: Layer, keep: Keep, shared: Shared, index: int, parameters: Sequence[nn.Parameter], dx_wanted: bool
+    ) -> None:
+        self.layer, self.keep, self.shared, self.index = layer, keep, shared, index
+        self.parameters, self.dx_wanted = list(parameters), dx_wanted
+        self.pointers = [parameter.data_ptr() for parameter in parameters]
+        self.entry: torch.Tensor | None = None
+        self.out: torch.Tensor | None = None
+        self.dout: torch.Tensor | None = None
+        self.dx: torch.Tensor | None = None
+        self.grads: list[torch.Tensor | None] = []
+        self._forward = torch.cuda.CUDAGraph()
+        self._backward: torch.cuda.CUDAGraph | None = None
+        self._kept: Kept | None = None
+
+    def same(self) -> bool:
+        """Whether the trained parameters are where they were."""
+        return self.pointers == [parameter.data_ptr() for parameter in self.parameters]
+
+    def forward(self, hidden: torch.Tensor, before: Record | None) -> torch.Tensor:
+        """Replay, or record and replay, the forward of `[B, S, H]`."""
+        if self.entry is None:
+            follows = before is not None and before.out is not None and before.out.data_ptr() == hidden.data_ptr()
+            self.entry = hidden.detach() if follows else hidden.detach().clone(memory_format=torch.contiguous_format)
+            self._record(self._forward, self._steps_forward)
+        elif self.entry.data_ptr() != hidden.data_ptr():
+            self.entry.copy_(hidden)
+        self._forward.replay()
+        assert self.out is not None
+        return self.out.detach()
+
+    def backward(self, dout: torch.Tensor) -> list[torch.Tensor | None]:
+        """Replay, or record and replay, the backward: the gradients of the input and of the parameters."""
+        if self.dout is None:
+            self.dout = self.shared.down(dout, self.index + 1)
+        if self.dout.data_ptr() != dout.data_ptr():
+            self.dout.copy_(dout)
+        if self._backward is None:
+            self._backward = torch.cuda.CUDAGraph()
+            self._record(self._backward, self._steps_backward)
+        for parameter, grad in zip(self.parameters, self.grads, strict=True):
+            # A gradient that was not cleared since the last replay lives in the memory that this one writes.
+            if parameter.grad is not None and grad is not None and parameter.grad.data_ptr() == grad.data_ptr():
+                parameter.grad = parameter.grad.clone()
+        self._backward.replay()
+        found = [self.dx, *self.grads]
+        return [None if grad is None else grad.detach() for grad in found]
+
+    def _steps_forward(self) -> None:
+        assert self.entry is not None
+        pack(self.layer.fused, self.entry.dtype)
+        out, kept = steps.forward(self.layer, self.entry.view(-1, self.entry.shape[-1]))
+        kept.reduce(self.keep, self.layer.head_norm is not None)
+        self.out, self._kept = out.view(self.entry.shape), kept
+
+    def _steps_backward(self) -> None:
+        assert self.dout is not None and self._kept is not None
+        grads, kept, self._kept = Gradients(), self._kept, None
+        into = self.shared.down(self.dout, self.index)
+        dx = steps.backward(
+            self.layer, kept, self.dout.view(-1, self.dout.shape[-1]), grads, self.dx_wanted,
+            into=into.view(-1, into.shape[-1]),
+        )  # fmt: skip
+        self.dx = into if dx is not None and self.dx_wanted else None
+        self.grads = grads.of(self.parameters)
+
+    def _record(self, graph: torch.cuda.CUDAGraph, launches: Callable[[], None]) -> None:
+        stream, current = self.shared.stream, torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream), torch.no_grad(), torch.autocast("cuda", enabled=False):
+            graph.capture_begin(pool=self.shared.pool, capture_error_mode="thread_local")
+            try:
+                launches()
+            finally:
+                graph.capture_end()
+        current.wait_stream(stream)
+
+
+class Graphs:
+    """The recorded shapes of one layer, which follows another one in the model."""
+
+    def __init__(self, before: Graphs | None) -> None:
+        self._before = before
+        self._index: int = 0 if before is None else before._index + 1
+        self._made: list[Shared] = [] if before is None else before._made
+        self._records: dict[Key, Record] = {}
+        self._latest: Record | None = None
+        self._seen: dict[Key, int] = {}
+        self._flight: weakref.ref[Flight] | None = None
+
+    def ready(self, key: Key) -> Record | None:
+        """The record of a shape, unless a batch is still on its way or the parameters moved."""
+        record = self._records.get(key)
+        if record is None or self._in_flight():
+            return None
+        if not record.same():
+            del self._records[key]
+            return None
+        return record
+
+    def due(self, key: Key) -> bool:
+        """Count a batch that would run as usual; whether its shape did so often enough to be recorded."""
+        if len(self._records) >= SHAPES or self._in_flight():
+            return False
+        self._seen[key] = self._seen.get(key, 0) + 1
+        return self._seen[key] > SEEN_BEFORE
+
+    def record(self, key: Key, layer: Layer, keep: Keep, kind: Key, dx_wanted: bool) -> Record:
+        """A new record, still empty."""
+        if not self._made:
+            self._made.append(Shared(layer.cos.device))
+        shared = self._made[0]
+        layer.cos, layer.sin = shared.tables(kind, layer.cos, layer.sin)
+        record = self._records[key] = Record(layer, keep, shared, self._index, trained(layer), dx_wanted)
+        return record
+
+    def replay(self, record: Record, hidden: torch.Tensor, tables: Tables, kind: Key) -> torch.Tensor:
+        """The layer's output `[B, S, H]`, differentiable."""
+        record.shared.tables(kind, *tables)
+        flight = Flight()
+        self._flight, self._latest = weakref.ref(flight), record
+        before = None if self._before is None else self._before._latest
+        out: torch.Tensor = _Replayed.apply(hidden, record, before, flight, *record.parameters)
+        return out
+
+    def _in_flight(self) -> bool:
+        flight = self._flight() if self._flight is not None else None
+        return flight is not None and not flight.over
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, record: Record, before: Record | None, flight: Flight, *_: nn.Parameter
+    ) -> torch.Tensor:
+        ctx.record, ctx.flight = record, flight
+        return record.forward(hidden, before)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.flight.over:
+            raise RuntimeError("this layer's backward writes over what it kept: it can run once per forward")
+        dx, *grads = ctx.record.backward(dout)
+        ctx.flight.over = True
+        return dx, None, None, None, *grads
