@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ftcore.config import Graphs, Memory
+from ftcore.config import Graphs, Memory, Optimizer
 from ftcore.planner import GIVEN_AWAY, Planner
 from ftcore.specs import Plan, Recomputing
 
 RESERVE = 0.8
 """Part of the free memory that activations of transformers' own layers may fill: their count is an estimate."""
 
-HEAD_ROWS = 1024
-"""Rows of logits alive at a time in the fused head."""
+HEAD = 3 * 2**28
+"""Bytes of the logits that the fused head has alive at a time, in fp32, and of their gradient in 16 bits."""
 
 
 def apply(plan: Plan, model: Any) -> bool:
@@ -28,8 +28,10 @@ def apply(plan: Plan, model: Any) -> bool:
             layer.choose = _least
         chosen[-1].choose = _least_of_last(model, chosen[-1])
     elif chosen and mode is Memory.auto and plan.device.kind == "cuda":
-        limit = plan.run.memory_limit
-        Planner(chosen, lambda rows, length, made: budget(model, chosen, rows, length, made == 0, limit)).attach()
+        limit, state = plan.run.memory_limit, optimizer_bytes(plan)
+        Planner(
+            chosen, lambda rows, length, made: budget(model, chosen, rows, length, 0 if made else state, limit)
+        ).attach()
     if plan.device.kind == "cuda" and plan.run.graphs is Graphs.auto:
         for before, layer in zip([None, *chosen], chosen, strict=False):
             layer.follow(before)
@@ -66,7 +68,7 @@ def _least_of_last(model: Any, layer: Recomputing) -> Callable[[int, int], int]:
 def head_bytes(model: Any, rows: int, length: int) -> int:
     """Bytes that the fused head needs for a while: a chunk of logits and its gradient, and the rows' gradients."""
     text = model.config.get_text_config()
-    return 6 * HEAD_ROWS * int(text.vocab_size) + 6 * rows * length * int(text.hidden_size)
+    return min(HEAD, 6 * rows * length * int(text.vocab_size)) + 6 * rows * length * int(text.hidden_size)
 
 
 def _number_of_layers(model: Any) -> int:
@@ -74,11 +76,11 @@ def _number_of_layers(model: Any) -> int:
 
 
 def budget(
-    model: Any, layers: list[Recomputing], rows: int, length: int, first: bool, limit: float | None = None
+    model: Any, layers: list[Recomputing], rows: int, length: int, state: int, limit: float | None = None
 ) -> int:
     """Bytes of GPU memory that activations of a batch may fill, counted at the start of a forward pass.
 
-    :param first: Whether gradients and optimizer state are still to come.
+    :param state: Bytes of optimizer state for each trained parameter that are still to come.
     :param limit: GiB that the process may take in all, if fewer than there are.
     """
     import torch
@@ -89,10 +91,15 @@ def budget(
         free = min(free, int(limit * 2**30) - allocated)
     workspace = max(head_bytes(model, rows, length), *(layer.workspace(rows, length) for layer in layers))
     waiting = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None)
-    if first:
-        waiting += sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
+    waiting += state * sum(p.numel() for p in model.parameters() if p.requires_grad)
     spare = GIVEN_AWAY * free if limit is None else 0
     return int(free - spare) - workspace - int(waiting)
+
+
+def optimizer_bytes(plan: Plan) -> int:
+    """Bytes of state that the optimizer keeps for each trained parameter: two moments, in 32 or 8 bits, or none."""
+    optimizer = plan.run.trainer.optimizer if plan.run.trainer else Optimizer.adamw_torch
+    return {Optimizer.sgd: 0, Optimizer.adamw_8bit: 2, Optimizer.paged_adamw_8bit: 2}.get(optimizer, 8)
 
 
 def wants_recompute(plan: Plan, model: Any) -> bool:

@@ -73,6 +73,12 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
+def rows_of_logits(vocabulary: int) -> int:
+    """Rows of logits alive at a time: a power of two, enough for a full product, at most half a GiB in fp32."""
+    most = max(2**29 // (4 * vocabulary), 1)
+    return int(min(1 << (most.bit_length() - 1), 2048))
+
+
 def operands(
     module: Any, hidden: torch.Tensor, head: nn.Linear, targets: Targets
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Any]]:
@@ -83,7 +89,11 @@ def operands(
     device, dtype = head.weight.device, hidden.dtype
     if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-    options = {"rows": targets.rows.to(device), "bias": None if head.bias is None else head.bias.to(dtype)}
+    options = {
+        "rows": targets.rows.to(device),
+        "bias": None if head.bias is None else head.bias.to(dtype),
+        "chunk": rows_of_logits(head.weight.shape[0]),
+    }
     arguments = (hidden.to(device, dtype), head.weight.to(dtype), targets.labels.to(device))
     return arguments, options | logit_form(module.config)
 

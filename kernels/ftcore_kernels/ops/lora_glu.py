@@ -22,7 +22,7 @@ from ftcore_kernels.reference.lora_glu import ACTIVATIONS, Activation
 from ftcore_kernels.reference.lora_rope import Update
 
 # Few rows at a time, for registers, but many one after the other, for the factors of the update.
-_TOKENS, _COLUMNS, _STEPS, _WARPS = 16, 128, 8, 2
+_TOKENS, _COLUMNS, _STEPS = 16, 128, 8
 
 
 def lora_glu(gate_up: torch.Tensor, activation: Activation = "silu", update: Update | None = None) -> torch.Tensor:
@@ -38,7 +38,7 @@ def lora_glu(gate_up: torch.Tensor, activation: Activation = "silu", update: Upd
     if out.numel():
         grid, arguments, constants = _arguments(gate_up, activation, update)
         with torch.cuda.device_of(gate_up):
-            _lora_glu_kernel[grid](gate_up, out, *arguments, **constants)
+            _lora_glu_kernel[grid](gate_up, out, *arguments, **constants, num_warps=2)
     return out
 
 
@@ -65,7 +65,7 @@ def lora_glu_backward(
         down = (dout, 0, dout) if dxa is None or a is None else (dxa, dxa.stride(0), a)
         with torch.cuda.device_of(gate_up):
             _lora_glu_back_kernel[grid](
-                dout, gate_up, *down, *arguments, **constants, DOWN_RANK=0 if a is None else a.shape[0]
+                dout, gate_up, *down, *arguments, **constants, DOWN_RANK=0 if a is None else a.shape[0], num_warps=4
             )
 
 
@@ -81,7 +81,7 @@ def _arguments(gate_up, activation, update):
     xa, b, blocks = (gate_up, gate_up, (0, 0)) if update is None else update
     constants = {
         "RANK": 0 if update is None else b.shape[1], "GATE_RANKS": blocks[0], "UP_RANKS": blocks[1],
-        "ACTIVATION": activation, "TOKENS": _TOKENS, "COLUMNS": _COLUMNS, "STEPS": _STEPS, "num_warps": _WARPS,
+        "ACTIVATION": activation, "TOKENS": _TOKENS, "COLUMNS": _COLUMNS, "STEPS": _STEPS,
     }  # fmt: skip
     grid = (triton.cdiv(tokens, _TOKENS * _STEPS) * triton.cdiv(width, _COLUMNS),)
     return grid, (xa, xa.stride(0), b, tokens, width), constants

@@ -18,7 +18,7 @@ import triton.language as tl
 from ftcore_kernels.ops import _launch
 from ftcore_kernels.reference.lora_rope import HeadNorm, Heads, Update
 
-_TILE = 4096  # pairs of a program's tile
+_TILE = 1024  # pairs of a program's tile
 
 
 def lora_rope(

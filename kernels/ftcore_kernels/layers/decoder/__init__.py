@@ -6,6 +6,8 @@ to the family's own forward.
 
 from __future__ import annotations
 
+from dataclasses import fields
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -99,40 +101,35 @@ def fits(module: Any, role: Role, plan: Plan) -> str | None:
     return None
 
 
-QUANTIZERS = frozenset({"bnb_nf4"})
+QUANTIZERS = frozenset({"bnb_nf4", "fp8"})
 """Quantizers whose weights the manual layer reads."""
 
 
 def install_triton(module: nn.Module, role: Role) -> None:
     """Bind the layer on Triton's steps."""
-    from ftcore_kernels.ops import lora_add, lora_glu, lora_grads, lora_rope, nf4_dequantize, norm_steps
-
-    _install(module, role, lora_add, lora_glu, lora_grads, lora_rope, nf4_dequantize, norm_steps)
+    _install(module, role, "ftcore_kernels.ops")
 
 
 def install_reference(module: nn.Module, role: Role) -> None:
     """Bind the layer on plain PyTorch's steps."""
-    from ftcore_kernels.reference import lora_add, lora_glu, lora_grads, lora_rope, nf4_dequantize, norm_steps
-
-    _install(module, role, lora_add, lora_glu, lora_grads, lora_rope, nf4_dequantize, norm_steps)
+    _install(module, role, "ftcore_kernels.reference")
 
 
-def _install(module: Any, role: Role, add: Any, glu: Any, grads: Any, rope: Any, nf4: Any, norms: Any) -> None:
-    ops = Ops(
-        norm=norms.norm,
-        add_norm=norms.add_norm,
-        norm_backward=norms.norm_backward,
-        lora_rope=rope.lora_rope,
-        lora_rope_backward=rope.lora_rope_backward,
-        lora_glu=glu.lora_glu,
-        lora_glu_backward=glu.lora_glu_backward,
-        lora_add=add.lora_add,
-        lora_grads=grads.lora_grads,
-        nf4_dequantize=nf4.nf4_dequantize,
-    )
-    structure = Structure(role.traits, ops)
+def _install(module: Any, role: Role, package: str) -> None:
+    structure = Structure(role.traits, _ops(package))
     structure.arrange(module)
     module.ftcore_recompute = Recompute(
         structure.groups(module), module.self_attn.head_dim, "sandwich_norm" in role.traits
     )
     bind(module, forward, structure=structure)
+
+
+def _ops(package: str) -> Ops:
+    """The steps of an implementation: each is a function in the module that is named here."""
+    homes = {"norm": "norm_steps", "add_norm": "norm_steps", "norm_backward": "norm_steps"}
+    homes |= {"lora_rope_backward": "lora_rope", "lora_glu_backward": "lora_glu"}
+    homes |= {"fp8_mm": "fp8_linear", "fp8_mm_t": "fp8_linear"}
+    return Ops(**{
+        field.name: getattr(import_module(f"{package}.{homes.get(field.name, field.name)}"), field.name)
+        for field in fields(Ops)
+    })  # fmt: skip

@@ -23,7 +23,7 @@ from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.linear import Gradients, pack
 from ftcore_kernels.layers.decoder.steps import Kept, Layer
 
-SEEN_BEFORE = 3
+SEEN_BEFORE = 2
 """Times a shape runs as usual first."""
 SHAPES = 8
 """Recorded shapes of a layer; every further one runs as usual."""
@@ -184,6 +184,10 @@ class Graphs:
 
     def record(self, key: Key, layer: Layer, keep: Keep, kind: Key, dx_wanted: bool) -> Record:
         """A new record, still empty."""
+        if self._before is None:
+            # What the batches before left in the allocator would stay there beside the graphs' own memory, and while
+            # a graph is recorded the allocator cannot give anything back.
+            torch.cuda.empty_cache()
         if not self._made:
             self._made.append(Shared(layer.cos.device))
         shared = self._made[0]

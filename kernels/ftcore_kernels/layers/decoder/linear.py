@@ -239,8 +239,8 @@ class Gradients:
 class Dense:
     """Weights as matrices, for the length of one pass through a layer: what is quantized is dequantized once."""
 
-    def __init__(self, nf4_dequantize: Callable[..., torch.Tensor]) -> None:
-        self._nf4_dequantize = nf4_dequantize
+    def __init__(self, ops: Any) -> None:
+        self._ops = ops
         self._held: dict[int, list[tuple[slice, torch.Tensor]]] = {}
         self.hold = False
         """Keep what is dequantized for a second use, which lets go of it."""
@@ -275,16 +275,72 @@ class Dense:
         device = parts[0][0].device
         out = torch.empty((fused.width, fused.inputs), dtype=dtype, device=device)
         for (packed, absmax, shape, blocksize, nested), rows in zip(parts, fused._columns(), strict=True):
-            self._nf4_dequantize(packed, absmax, shape, blocksize, dtype, nested, out=out[rows])
+            self._ops.nf4_dequantize(packed, absmax, shape, blocksize, dtype, nested, out=out[rows])
         return out
 
     def fp8_product(self, fused: Fused, x: torch.Tensor) -> torch.Tensor:
-        """`x W^T` by the float8 product."""
-        raise Uncovered("float8 weights are not built into this layer")
+        """`x W^T` `[M, N]` by the float8 product."""
+        bases: Any = [source.base for source in fused.sources]
+        if (whole := fp8_whole(bases)) is not None:
+            return self._ops.fp8_mm(x, whole.weight, whole.scale)
+        return torch.cat([self._ops.fp8_mm(x, base.weight, base.scale) for base in bases], dim=1)
 
     def fp8_product_grad(self, fused: Fused, dy: torch.Tensor) -> torch.Tensor:
-        """`dy W` by the float8 product."""
-        raise Uncovered("float8 weights are not built into this layer")
+        """`dy W` `[M, K]` by the float8 product, or by the unpacked weight where there is no transposed copy."""
+        bases: Any = [source.base for source in fused.sources]
+        if (whole := fp8_whole(bases)) is not None:
+            return self._ops.fp8_mm_t(dy, whole.weight_t, whole.weight, whole.scale)
+        parts = [
+            self._ops.fp8_mm_t(dy[:, columns], base.weight_t, base.weight, base.scale)
+            for base, columns in zip(bases, fused._columns(), strict=True)
+        ]
+        return sum(parts[1:], parts[0])
+
+
+class Fp8Whole(NamedTuple):
+    """Neighbouring float8 layers as one: weight `[N, K]`, scale `[N]`, and the transposed copy `[K, N]` or None."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    weight_t: torch.Tensor | None
+
+
+def fp8_whole(bases: Sequence[Any]) -> Fp8Whole | None:
+    """Float8 layers that :func:`arrange_fp8` put side by side, or a single one."""
+    if len(bases) == 1:
+        return Fp8Whole(bases[0].weight, bases[0].scale, bases[0].weight_t)
+    weights, scales = [base.weight for base in bases], [base.scale for base in bases]
+    if not (neighbours(weights) and neighbours(scales)):
+        return None
+    rows, columns = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    first_t = bases[0].weight_t
+    if first_t is not None:
+        if first_t.stride(0) != rows:
+            return None
+        first_t = first_t.as_strided((columns, rows), (rows, 1))
+    return Fp8Whole(
+        weights[0].detach().as_strided((rows, columns), (columns, 1)), scales[0].as_strided((rows,), (1,)), first_t
+    )
+
+
+def arrange_fp8(bases: Sequence[Any]) -> None:
+    """Move float8 layers that share an input side by side, so that their input is quantized and multiplied once."""
+    if len(bases) < 2 or len({base.weight.shape[1] for base in bases}) > 1:
+        return
+    widths = [base.weight.shape[0] for base in bases]
+    # As bytes: not every operation knows float8.
+    weight = torch.cat([base.weight.detach().view(torch.uint8) for base in bases]).view(torch.float8_e4m3fn)
+    scale = torch.cat([base.scale for base in bases])
+    whole_t = None
+    if all(base.weight_t is not None for base in bases):
+        bytes_t = torch.cat([base.weight_t.view(torch.uint8) for base in bases], dim=1)
+        whole_t = bytes_t.view(torch.float8_e4m3fn)
+    first = 0
+    for base, width in zip(bases, widths, strict=True):
+        rows = slice(first, first + width)
+        base.weight.data, base.scale = weight[rows], scale[rows]
+        base.weight_t = None if whole_t is None else whole_t[:, rows]
+        first += width
 
 
 def pack(all_fused: Sequence[Fused], dtype: torch.dtype) -> None:

@@ -35,6 +35,8 @@ class Ops:
     lora_add: Callable[..., torch.Tensor]
     lora_grads: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     nf4_dequantize: Callable[..., torch.Tensor]
+    fp8_mm: Callable[..., torch.Tensor]
+    fp8_mm_t: Callable[..., torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -114,7 +116,7 @@ class Kept:
 
 def forward(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, Kept]:
     """The layer's output `[M, H]`, and everything that a backward could want."""
-    ops, dense, kept = layer.ops, Dense(layer.ops.nf4_dequantize), Kept(x)
+    ops, dense, kept = layer.ops, Dense(layer.ops), Kept(x)
     normed, kept.input_rstd = ops.norm(x, layer.input_norm)
     kept.qkv_xa = layer.qkv.shrink(normed)
     _project_heads(layer, kept, normed, dense)
@@ -227,7 +229,7 @@ def backward(
 
     Those of what is trained go to `grads`.
     """
-    dense = Dense(layer.ops.nf4_dequantize)
+    dense = Dense(layer.ops)
     dense.hold = True
     complete(layer, kept, dense)
     dense.hold = False

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ftcore_kernels.layers.decoder.attention import choose
-from ftcore_kernels.layers.decoder.linear import Fused, Uncovered, is_fp8, is_nf4, make_neighbours, read
+from ftcore_kernels.layers.decoder.linear import Fused, Uncovered, arrange_fp8, is_fp8, is_nf4, make_neighbours, read
 from ftcore_kernels.layers.decoder.steps import Layer, Ops
 from ftcore_kernels.reference.lora_glu import Activation
 from ftcore_kernels.reference.lora_rope import HeadNorm, Heads
@@ -120,11 +120,13 @@ class Structure:
         return {"sliding_window": getattr(attention.config, "sliding_window", None)}
 
     def arrange(self, module: nn.Module) -> None:
-        """Put the 16-bit weights that share an input behind each other, so that one product serves them."""
+        """Put weights that share an input behind each other in memory, so that one product serves them."""
         for group in self.groups(module):
             bases = [getattr(linear, "base_layer", linear) for linear in group]
             if all(type(base) is nn.Linear for base in bases):
                 make_neighbours([base.weight for base in bases])
+            elif all(is_fp8(base) for base in bases):
+                arrange_fp8(bases)
 
 
 def activation_name(mlp: Any) -> str:
