@@ -136,14 +136,18 @@ class Differentiated:
 
 
 def choose(
-    module: Any, hidden: torch.Tensor, mask: torch.Tensor | None, window: int | None, options: dict[str, Any]
+    module: Any,
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    options: dict[str, Any],
 ) -> Attention:
     """The attention for a call: `module` is transformers' attention module, `hidden` `[B, S, H]` its input."""
     length = hidden.shape[1]
     if window is not None and window >= length:
         window = None
     implementation = module.config._attn_implementation
-    softcap = getattr(module, "attn_logit_softcapping", None)
     plain = implementation == "sdpa" and mask is None and softcap is None and module.is_causal
     if plain and hidden.device.type == "cuda" and hidden.dtype in (torch.bfloat16, torch.float16):
         capability = _capability(hidden.device)

@@ -70,7 +70,7 @@ class Structure:
             activation=ACTIVATIONS[activation_name(mlp)],
             cos=position_embeddings[0],
             sin=position_embeddings[1],
-            attention=choose(attention, hidden, mask, options.get("sliding_window"), options),
+            attention=choose(attention, hidden, mask, options.get("sliding_window"), self.softcap(attention), options),
             qkv=qkv,
             out=out,
             gate_up=gate_up,
@@ -118,6 +118,11 @@ class Structure:
         if hasattr(attention, "sliding_window"):
             return {"sliding_window": attention.sliding_window}
         return {"sliding_window": getattr(attention.config, "sliding_window", None)}
+
+    def softcap(self, attention: Any) -> float | None:
+        """The cap on the attention scores, if the family applies it: Gemma 3 has the attribute and does not."""
+        cap: float | None = attention.attn_logit_softcapping if "attention_softcap" in self.traits else None
+        return cap
 
     def arrange(self, module: nn.Module) -> None:
         """Put weights that share an input behind each other in memory, so that one product serves them."""
