@@ -25,7 +25,7 @@ def apply(plan: Plan, model: Any) -> bool:
     mode = plan.run.memory
     if chosen and mode is Memory.least:
         for layer in chosen:
-            layer.choose = _least
+            layer.choose, layer.may_record = _least, False
         chosen[-1].choose = _least_of_last(model, chosen[-1])
     elif chosen and mode is Memory.auto and plan.device.kind == "cuda":
         limit, state = plan.run.memory_limit, optimizer_bytes(plan)
@@ -89,7 +89,8 @@ def budget(
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - allocated
     if limit is not None:
         free = min(free, int(limit * 2**30) - allocated)
-    workspace = max(head_bytes(model, rows, length), *(layer.workspace(rows, length) for layer in layers))
+    # Both, although one comes after the other: recorded layers do not share their memory with the head.
+    workspace = head_bytes(model, rows, length) + max(layer.workspace(rows, length) for layer in layers)
     waiting = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None)
     waiting += state * sum(p.numel() for p in model.parameters() if p.requires_grad)
     spare = GIVEN_AWAY * free if limit is None else 0

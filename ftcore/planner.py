@@ -47,6 +47,9 @@ class Planner:
             else:
                 budget = self.budget(rows, length, len(plans))
                 plans.append(assign([layer.levels(rows, length) for layer in self.layers], budget))
+        for layer in self.layers:
+            # Recorded launches keep their memory from the head's; where that is short, they are not worth it.
+            layer.may_record = plans[-1] == everything
         return plans[-1]
 
 

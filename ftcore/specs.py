@@ -102,6 +102,8 @@ class Recomputing(Protocol):
 
     choose: Callable[[int, int], int] | None
     """From rows and row length of a batch to the index of a level; None keeps everything."""
+    may_record: bool
+    """Whether launches may be recorded, which takes memory of its own."""
 
     def levels(self, rows: int, length: int) -> Sequence[Level]:
         """The choices for a batch, the one that keeps least first, the one that keeps everything last."""

@@ -10,9 +10,10 @@ from trl import GRPOTrainer
 from ftcore import Sampling
 from ftcore.specs import Generator
 from ftcore_trainers._fused_head import take_over
+from ftcore_trainers._lean_loop import LeanLoop
 
 
-class GeneratorGRPOTrainer(GRPOTrainer):
+class GeneratorGRPOTrainer(LeanLoop, GRPOTrainer):
     """Asks a :class:`ftcore.specs.Generator` for the completions; everything else is TRL's."""
 
     def __init__(self, generator: Generator, **kwargs: Any) -> None:

@@ -10,10 +10,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ftcore_trainers._collator import WithoutMask, causal
 from ftcore_trainers._fused_head import take_over
+from ftcore_trainers._lean_loop import LeanLoop
 from ftcore_trainers._token_sums import TokenSums
 
 
-class FusedSFTTrainer(SFTTrainer):
+class FusedSFTTrainer(LeanLoop, SFTTrainer):
     """Where a kernel has the head: its loss and its metrics; everything else, and every other loss, is TRL's.
 
     Entropy and accuracy are means over the tokens since the last line of the log; TRL's are means of the means of the

@@ -19,18 +19,19 @@ from ftcore_kernels.reference import lora_grads as reference
 
 _COLUMNS, _ROWS = 512, 32
 _WALKS = (128, 256, 512, 1024)
-_SEGMENTS = 3
+_SEGMENTS, _SUMMED = 3, 64
 
 
 def lora_grads(
-    dy: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, widths: Sequence[int]
+    dy: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, widths: Sequence[int], scales: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of `xa` and of `b`, where `y = xa @ b.T` per segment of columns.
+    """Return the gradients of `xa` and of B, where `y = xa @ b.T` and `b = scale * B` per segment of columns.
 
     :param dy: `[M, N]` with contiguous rows.
     :param xa: `[M, P R]` with contiguous rows: the P segments' inputs side by side; R a power of two from 16 on.
     :param b: `[N, R]` contiguous: the segments one under the other.
     :param widths: Columns of `dy` in each of at most three segments; they add up to N.
+    :param scales: Of each segment.
     :returns: `[M, P R]` in the dtype of `dy`, and `[N, R]` fp32.
     """
     _launch.check(dy=dy, xa=xa, b=b)
@@ -38,23 +39,26 @@ def lora_grads(
         raise ValueError(f"segments {tuple(widths)} do not fit dy {tuple(dy.shape)} and xa {tuple(xa.shape)}")
     (tokens, width), rank = dy.shape, b.shape[1]
     if not dy.numel():
-        return reference.lora_grads(dy, xa, b, widths)
+        return reference.lora_grads(dy, xa, b, widths, scales)
     blocks = [triton.cdiv(segment, _COLUMNS) for segment in widths]
     walk = _walk(tokens, sum(blocks), _launch.processors(dy.device))
     walks = triton.cdiv(tokens, walk)
     dxa_parts = torch.empty((sum(blocks), tokens, rank), dtype=torch.float32, device=dy.device)
     db_parts = torch.empty((walks, width, rank), dtype=torch.float32, device=dy.device)
     dxa = torch.empty(xa.shape, dtype=dy.dtype, device=dy.device)
-    segments = (*widths, 0, 0)[:_SEGMENTS]
+    db = torch.empty((width, rank), dtype=torch.float32, device=dy.device)
+    segments, factors = (*widths, 0, 0)[:_SEGMENTS], (*map(float, scales), 1.0, 1.0)[:_SEGMENTS]
+    rows = triton.cdiv(tokens, _SUMMED) * len(widths)
     with torch.cuda.device_of(dy):
         _lora_grads_kernel[(sum(blocks), walks)](
             dy, dy.stride(0), xa, xa.stride(0), b, dxa_parts, db_parts, tokens, width, *segments,
             RANK=rank, COLUMNS=_COLUMNS, ROWS=_ROWS, WALK=walk, num_warps=4, num_stages=3,
         )  # fmt: skip
-        _lora_sum_kernel[(triton.cdiv(tokens, 64), len(widths))](
-            dxa_parts, dxa, tokens, *segments, RANK=rank, COLUMNS=_COLUMNS, SEGMENTS=len(widths), ROWS=64, num_warps=4
-        )
-    return dxa, db_parts[0] if walks == 1 else db_parts.sum(0)
+        _lora_sums_kernel[(rows + triton.cdiv(width, _SUMMED),)](
+            dxa_parts, dxa, db_parts, db, tokens, width, walks, *segments, *factors,
+            RANK=rank, COLUMNS=_COLUMNS, SEGMENTS=len(widths), ROWS=_SUMMED, num_warps=4,
+        )  # fmt: skip
+    return dxa, db
 
 
 def _walk(tokens: int, blocks: int, processors: int) -> int:
@@ -97,19 +101,33 @@ def _lora_grads_kernel(
 
 
 @triton.jit
-def _lora_sum_kernel(
-    parts_ptr, dxa_ptr, tokens, first_width, second_width, third_width,
+def _lora_sums_kernel(
+    dxa_parts_ptr, dxa_ptr, db_parts_ptr, db_ptr, tokens, width, walks,
+    first_width, second_width, third_width, first_scale, second_scale, third_scale,
     RANK: tl.constexpr, COLUMNS: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program per ROWS rows and segment: the parts of its blocks added up."""
-    segment = tl.program_id(1)
+    """One program per ROWS rows and segment of dxa, then one per ROWS rows of dB: the parts added up."""
+    program, rank = tl.program_id(0), tl.arange(0, RANK)
     first_blocks, second_blocks = tl.cdiv(first_width, COLUMNS), tl.cdiv(second_width, COLUMNS)
-    start = tl.where(segment > 0, first_blocks, 0) + tl.where(segment > 1, second_blocks, 0)
-    blocks = tl.where(segment == 0, first_blocks, tl.where(segment == 1, second_blocks, tl.cdiv(third_width, COLUMNS)))
-    row, rank = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANK)
-    mask = (row < tokens)[:, None]
+    summed_rows = tl.cdiv(tokens, ROWS) * SEGMENTS
     total = tl.zeros((ROWS, RANK), tl.float32)
-    for block in range(blocks):
-        at = ((start + block).to(tl.int64) * tokens + row[:, None]) * RANK + rank[None, :]
-        total += tl.load(parts_ptr + at, mask=mask, other=0.0)
-    tl.store(dxa_ptr + row[:, None] * (SEGMENTS * RANK) + segment * RANK + rank[None, :], total, mask=mask)
+    if program < summed_rows:
+        segment = program % SEGMENTS
+        start = tl.where(segment > 0, first_blocks, 0) + tl.where(segment > 1, second_blocks, 0)
+        third_blocks = tl.cdiv(third_width, COLUMNS)
+        blocks = tl.where(segment == 0, first_blocks, tl.where(segment == 1, second_blocks, third_blocks))
+        row = (program // SEGMENTS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        mask = (row < tokens)[:, None]
+        for block in range(blocks):
+            at = ((start + block).to(tl.int64) * tokens + row[:, None]) * RANK + rank[None, :]
+            total += tl.load(dxa_parts_ptr + at, mask=mask, other=0.0)
+        tl.store(dxa_ptr + row[:, None] * (SEGMENTS * RANK) + segment * RANK + rank[None, :], total, mask=mask)
+    else:
+        row = (program - summed_rows).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        mask = (row < width)[:, None]
+        for walk in range(walks):
+            at = (walk * width + row[:, None]) * RANK + rank[None, :]
+            total += tl.load(db_parts_ptr + at, mask=mask, other=0.0)
+        later = tl.where(row < first_width + second_width, second_scale, third_scale)
+        scale = tl.where(row < first_width, first_scale, later)
+        tl.store(db_ptr + row[:, None] * RANK + rank[None, :], total * scale[:, None], mask=mask)

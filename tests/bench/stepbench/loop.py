@@ -8,7 +8,7 @@ import statistics
 import time
 from typing import Any
 
-from stepbench.works import Work, token_ids
+from stepbench.works import FREE, Work, token_ids
 
 GIB = 2**30
 
@@ -20,11 +20,20 @@ class Meter:
         self._work = work
         self._seconds: list[float] = []
         self._last = 0.0
+        self._free: list[float] = []
+        self._end = 0.0
+
+    @property
+    def free(self) -> bool:
+        """Whether the steps that are waited for are over."""
+        return len(self._seconds) == self._work.total
 
     def start(self) -> None:
         """Before a step: reset the peaks when warm-up is over, and wait for the GPU."""
         import torch
 
+        if self.free:
+            return
         if self._work.device == "cuda":
             torch.cuda.synchronize()
             if len(self._seconds) == self._work.warmup:
@@ -35,9 +44,15 @@ class Meter:
         """After a step."""
         import torch
 
-        if self._work.device == "cuda":
+        last = len(self._free) == FREE - 1
+        if self._work.device == "cuda" and (last or not self.free):
             torch.cuda.synchronize()
-        self._seconds.append(time.perf_counter() - self._last)
+        now = time.perf_counter()
+        if self.free:
+            self._free.append(now)
+        else:
+            self._seconds.append(now - self._last)
+            self._end = now
 
     def result(self, first_loss: float) -> dict[str, Any]:
         """What a side reports."""
@@ -48,6 +63,7 @@ class Meter:
         return {
             "tokens_per_second": self._work.tokens / seconds,
             "step_ms": 1000 * seconds,
+            **({"free_ms": 1000 * (self._free[-1] - self._end) / FREE} if len(self._free) == FREE else {}),
             "steps_ms": [round(1000 * s, 2) for s in self._seconds],
             "peak_gib": (torch.cuda.max_memory_allocated() + _of_graphs()) / GIB if gpu else 0.0,
             "reserved_gib": torch.cuda.max_memory_reserved() / GIB if gpu else 0.0,
@@ -84,11 +100,14 @@ def make_optimizer(work: Work, model: Any) -> Any:
     return torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
 
-def measure(work: Work, model: Any) -> dict[str, Any]:
-    """Median time of the steps after warm-up, and the first loss; with `profile`, one more step's kernels."""
+def measure(work: Work, model: Any, free: bool = False) -> dict[str, Any]:
+    """Median time of the steps after warm-up, and the first loss; with `profile`, one more step's kernels.
+
+    :param free: Take the further steps that nobody waits for.
+    """
     model.train()
     optimizer = make_optimizer(work, model)
-    batches = token_ids(work).to(work.device)
+    batches = token_ids(work)[: None if free else work.total].to(work.device)
 
     def step(ids: Any) -> Any:
         with autocast(work):
@@ -103,7 +122,8 @@ def measure(work: Work, model: Any) -> dict[str, Any]:
         meter.start()
         loss = step(ids)
         meter.stop()
-        losses.append(loss.item())
+        losses.append(loss)
+    losses = [float(loss) for loss in losses[: work.total]]
     result = {**meter.result(losses[0]), "losses": losses}
     if work.profile:
         from stepbench.profiling import profiled

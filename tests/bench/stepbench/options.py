@@ -18,7 +18,7 @@ def arguments(words: Sequence[str], about: str | None) -> argparse.Namespace:
     if first.tiny:
         parser.set_defaults(**TINY)
     found = parser.parse_args(words)
-    if strange := [m for m in found.memory.split(",") if m not in MEMORIES]:
+    if strange := [m for m in found.memory.split(",") if m.partition("@")[0] not in MEMORIES]:
         parser.error(f"--memory takes {', '.join(MEMORIES)}, not '{strange[0]}'")
     return found
 
@@ -40,7 +40,11 @@ def _parser(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=16, help="0 trains all weights")
-    parser.add_argument("--memory", default="least", help="ftcore's, or several with commas; off: peers as well")
+    parser.add_argument(
+        "--memory",
+        default="least",
+        help="ftcore's, or several with commas; off: peers as well; auto@19.4: within that many GiB",
+    )
     parser.add_argument("--quantizer", default="none")
     parser.add_argument("--kernels", default="auto")
     parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw")

@@ -130,16 +130,16 @@ class Fused:
         if self.b is None or xa is None:
             return None
         if self.rank <= WIDEST_UPDATE and len(self.widths) <= 3:
-            dxa, db = lora_grads(dy, xa, self.b, self.widths)
+            dxa, db = lora_grads(dy, xa, self.b, self.widths, [source.scale for source in self.sources])
         else:
             dxa = dy.new_empty((dy.shape[0], len(self.sources) * self.rank))
             db = torch.empty(self.b.shape, dtype=torch.promote_types(dy.dtype, torch.float32), device=dy.device)
             for index, columns in enumerate(self._columns()):
                 torch.mm(dy[:, columns], self.b[columns], out=dxa[:, self._block(index)])
-                db[columns] = wide_mm(dy[:, columns].T, xa[:, self._block(index)])
+                db[columns] = wide_mm(dy[:, columns].T, xa[:, self._block(index)]) * self.sources[index].scale
         for source, columns in zip(self.sources, self._columns(), strict=True):
             if source.b is not None and source.b.requires_grad:
-                grads[source.b] = db[columns, : source.b.shape[1]].mul_(source.scale)
+                grads[source.b] = db[columns, : source.b.shape[1]]
         return dxa
 
     # The products --------------------------------------------------------------------------------------------------

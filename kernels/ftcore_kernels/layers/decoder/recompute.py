@@ -12,8 +12,11 @@ from ftcore_kernels.layers.decoder.graphs import Graphs
 from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.linear import is_nf4
 
-LAUNCH_BOUND = 2e12
-"""Floating-point operations of a layer's forward below which launches are recorded: about 3 ms of an H100."""
+LAUNCH_BOUND = 4e12
+"""Floating-point operations of a layer's forward below which launches are recorded: about 6 ms of an H100.
+
+Above, a thousandth of the time is between kernels.
+"""
 
 
 class Recompute:
@@ -21,6 +24,7 @@ class Recompute:
 
     def __init__(self, groups: Sequence[Sequence[Any]], head_dim: int, sandwich: bool) -> None:
         self.choose: Callable[[int, int], int] | None = None
+        self.may_record = True
         self.graphs: Graphs | None = None
         bases = [[getattr(linear, "base_layer", linear) for linear in group] for group in groups]
         self._hidden, self._attended = bases[0][0].in_features, bases[1][0].in_features
@@ -37,7 +41,7 @@ class Recompute:
     def recording(self, hidden: torch.Tensor) -> Graphs | None:
         """Where the launches of a batch `[B, S, H]` are recorded, if its kernels are short enough for that to pay."""
         work = 2 * hidden.shape[0] * hidden.shape[1] * self._hidden * (self._qkv + self._attended + 1.5 * self._gate_up)
-        return self.graphs if work < LAUNCH_BOUND else None
+        return self.graphs if work < LAUNCH_BOUND and self.may_record else None
 
     def keep(self, hidden: torch.Tensor) -> Keep:
         """What to keep of a forward pass over `[B, S, H]`."""

@@ -6,7 +6,7 @@ import tempfile
 from typing import Any
 
 from stepbench.loop import measure
-from stepbench.works import Work
+from stepbench.works import FREE, Work
 
 
 def run(work: Work) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def run(work: Work) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         hooks, plan = prepared(work, scratch)
         loaded = pipeline.load(hooks, plan)
-        result = measure(work, loaded.model)
+        result = measure(work, loaded.model, free=True)
     return {**result, **described(work, loaded)}
 
 
@@ -30,18 +30,22 @@ def prepared(work: Work, scratch: str) -> tuple[Any, Any]:
 
 def overrides(work: Work, scratch: str) -> list[str]:
     """The ftcore command; the trainer's numbers also tell `memory=auto` how much there is to keep."""
+    mode, _, limit = work.memory.partition("@")
     return [
         f"+model={work.family}",
         f"model.path={work.folder}",
         *([] if work.quantizer == "none" else [f"+quantizer={work.quantizer}"]),
         *([f"adapter.r={work.rank}", "adapter.alpha=32"] if work.rank else ["adapter=full"]),
         f"kernels=[{work.kernels}]",
-        f"memory={work.memory}",
+        f"memory={mode}",
+        *([f"memory_limit={limit}"] if limit else []),
         "+trainer=sft",
         f"trainer.micro_batch={work.rows}",
         f"trainer.global_batch={work.rows}",
         f"trainer.max_length={work.length}",
-        f"trainer.max_steps={work.total}",
+        f"trainer.max_steps={work.total + FREE}",
+        f"trainer.logging_steps={FREE}",
+        "+trainer.args.logging_first_step=true",
         f"trainer.optimizer={optimizer(work)}",
         "trainer.learning_rate=1e-4",
         "+trainer.args.train_sampling_strategy=sequential",
