@@ -118,3 +118,14 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+SMALL = 100_000
+"""Bytes of shared memory below which kernels with tiles for dot products take smaller ones: GPUs before sm_80."""
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take; plenty in the interpreter."""
+    if device.type != "cuda":
+        return 2**20
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)

@@ -35,6 +35,7 @@ def lora_add(
             _lora_add_kernel[grid](
                 x if residual is None else residual, x, *update, tokens, width, RESIDUAL=residual is not None,
                 RANK=0 if b is None else b.shape[1], TOKENS=_TOKENS, COLUMNS=_COLUMNS, STEPS=_STEPS, num_warps=4,
+                num_stages=3 if b is None or b.shape[1] <= 16 else 1,
             )  # fmt: skip
     return x
 

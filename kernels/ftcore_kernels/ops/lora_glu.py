@@ -38,7 +38,7 @@ def lora_glu(gate_up: torch.Tensor, activation: Activation = "silu", update: Upd
     if out.numel():
         grid, arguments, constants = _arguments(gate_up, activation, update)
         with torch.cuda.device_of(gate_up):
-            _lora_glu_kernel[grid](gate_up, out, *arguments, **constants, num_warps=2)
+            _lora_glu_kernel[grid](gate_up, out, *arguments, **constants, num_warps=2, num_stages=stages(update))
     return out
 
 
@@ -65,7 +65,14 @@ def lora_glu_backward(
         down = (dout, 0, dout) if dxa is None or a is None else (dxa, dxa.stride(0), a)
         with torch.cuda.device_of(gate_up):
             _lora_glu_back_kernel[grid](
-                dout, gate_up, *down, *arguments, **constants, DOWN_RANK=0 if a is None else a.shape[0], num_warps=4
+                dout,
+                gate_up,
+                *down,
+                *arguments,
+                **constants,
+                DOWN_RANK=0 if a is None else a.shape[0],
+                num_warps=4,
+                num_stages=stages(update),
             )
 
 
@@ -75,15 +82,27 @@ def _check(gate_up: torch.Tensor, activation: str) -> None:
         raise ValueError(f"activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
 
 
+def stages(update: Update | None) -> int:
+    """Depth of the loads in flight: high ranks fill the 64 KiB of shared memory that the smallest GPUs have."""
+    return 3 if update is None or update.b.shape[1] <= 16 else 1
+
+
+def columns(update: Update | None, device: torch.device) -> int:
+    """Columns of a program: fewer where a high rank would not fit the shared memory."""
+    crowded = update is not None and update.b.shape[1] > 16 and _launch.shared_memory(device) < _launch.SMALL
+    return _COLUMNS // 4 if crowded else _COLUMNS
+
+
 def _arguments(gate_up, activation, update):
     """The launch grid and what both kernels take."""
+    width_of_program = columns(update, gate_up.device)
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     xa, b, blocks = (gate_up, gate_up, (0, 0)) if update is None else update
     constants = {
         "RANK": 0 if update is None else b.shape[1], "GATE_RANKS": blocks[0], "UP_RANKS": blocks[1],
-        "ACTIVATION": activation, "TOKENS": _TOKENS, "COLUMNS": _COLUMNS, "STEPS": _STEPS,
+        "ACTIVATION": activation, "TOKENS": _TOKENS, "COLUMNS": width_of_program, "STEPS": _STEPS,
     }  # fmt: skip
-    grid = (triton.cdiv(tokens, _TOKENS * _STEPS) * triton.cdiv(width, _COLUMNS),)
+    grid = (triton.cdiv(tokens, _TOKENS * _STEPS) * triton.cdiv(width, width_of_program),)
     return grid, (xa, xa.stride(0), b, tokens, width), constants
 
 

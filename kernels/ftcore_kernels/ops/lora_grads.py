@@ -17,7 +17,7 @@ import triton.language as tl
 from ftcore_kernels.ops import _launch
 from ftcore_kernels.reference import lora_grads as reference
 
-_COLUMNS, _ROWS = 512, 32
+_ROWS = 32
 _WALKS = (128, 256, 512, 1024)
 _SEGMENTS, _SUMMED = 3, 64
 
@@ -40,7 +40,8 @@ def lora_grads(
     (tokens, width), rank = dy.shape, b.shape[1]
     if not dy.numel():
         return reference.lora_grads(dy, xa, b, widths, scales)
-    blocks = [triton.cdiv(segment, _COLUMNS) for segment in widths]
+    columns, stages = _tile(rank, dy.device)
+    blocks = [triton.cdiv(segment, columns) for segment in widths]
     walk = _walk(tokens, sum(blocks), _launch.processors(dy.device))
     walks = triton.cdiv(tokens, walk)
     dxa_parts = torch.empty((sum(blocks), tokens, rank), dtype=torch.float32, device=dy.device)
@@ -52,13 +53,20 @@ def lora_grads(
     with torch.cuda.device_of(dy):
         _lora_grads_kernel[(sum(blocks), walks)](
             dy, dy.stride(0), xa, xa.stride(0), b, dxa_parts, db_parts, tokens, width, *segments,
-            RANK=rank, COLUMNS=_COLUMNS, ROWS=_ROWS, WALK=walk, num_warps=4, num_stages=3,
+            RANK=rank, COLUMNS=columns, ROWS=_ROWS, WALK=walk, num_warps=4, num_stages=stages,
         )  # fmt: skip
         _lora_sums_kernel[(rows + triton.cdiv(width, _SUMMED),)](
             dxa_parts, dxa, db_parts, db, tokens, width, walks, *segments, *factors,
-            RANK=rank, COLUMNS=_COLUMNS, SEGMENTS=len(widths), ROWS=_SUMMED, num_warps=4,
+            RANK=rank, COLUMNS=columns, SEGMENTS=len(widths), ROWS=_SUMMED, num_warps=4,
         )  # fmt: skip
     return dxa, db
+
+
+def _tile(rank: int, device: torch.device) -> tuple[int, int]:
+    """Columns of a program, and the depth of its loads in flight, for the shared memory that there is."""
+    if _launch.shared_memory(device) >= 160_000:
+        return 512, 3
+    return (128, 2) if _launch.shared_memory(device) >= _launch.SMALL or rank <= 16 else (64, 1)
 
 
 def _walk(tokens: int, blocks: int, processors: int) -> int:
