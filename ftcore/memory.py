@@ -29,9 +29,11 @@ def apply(plan: Plan, model: Any) -> bool:
         chosen[-1].choose = _least_of_last(model, chosen[-1])
     elif chosen and mode is Memory.auto and plan.device.kind == "cuda":
         limit, state = plan.run.memory_limit, optimizer_bytes(plan)
-        Planner(
-            chosen, lambda rows, length, made: budget(model, chosen, rows, length, 0 if made else state, limit)
-        ).attach()
+
+        def fills(rows: int, length: int, made: int, recorded: bool) -> int:
+            return budget(model, chosen, rows, length, 0 if made else state, recorded, limit)
+
+        Planner(chosen, fills).attach()
     if plan.device.kind == "cuda" and plan.run.graphs is Graphs.auto:
         for before, layer in zip([None, *chosen], chosen, strict=False):
             layer.follow(before)
@@ -76,11 +78,18 @@ def _number_of_layers(model: Any) -> int:
 
 
 def budget(
-    model: Any, layers: list[Recomputing], rows: int, length: int, state: int, limit: float | None = None
+    model: Any,
+    layers: list[Recomputing],
+    rows: int,
+    length: int,
+    state: int,
+    recorded: bool,
+    limit: float | None = None,
 ) -> int:
     """Bytes of GPU memory that activations of a batch may fill, counted at the start of a forward pass.
 
     :param state: Bytes of optimizer state for each trained parameter that are still to come.
+    :param recorded: Whether the layers' launches are recorded: then they do not share their memory with the head.
     :param limit: GiB that the process may take in all, if fewer than there are.
     """
     import torch
@@ -89,8 +98,8 @@ def budget(
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - allocated
     if limit is not None:
         free = min(free, int(limit * 2**30) - allocated)
-    # Both, although one comes after the other: recorded layers do not share their memory with the head.
-    workspace = head_bytes(model, rows, length) + max(layer.workspace(rows, length) for layer in layers)
+    needs = head_bytes(model, rows, length), max(layer.workspace(rows, length) for layer in layers)
+    workspace = sum(needs) if recorded else max(needs)
     waiting = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None)
     waiting += state * sum(p.numel() for p in model.parameters() if p.requires_grad)
     spare = GIVEN_AWAY * free if limit is None else 0

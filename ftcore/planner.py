@@ -19,8 +19,9 @@ class Planner:
     """
 
     layers: Sequence[Recomputing]
-    budget: Callable[[int, int, int], int]
-    """From rows, row length and the number of plans made before to the bytes that activations may fill."""
+    budget: Callable[[int, int, int, bool], int]
+    """From rows, row length, the number of plans made before, and whether launches are recorded, to the bytes that
+    activations may fill."""
     _plans: dict[tuple[int, int], list[list[int]]] = field(default_factory=dict)
     _now: list[int] = field(default_factory=list)
 
@@ -39,18 +40,21 @@ class Planner:
 
     def _plan(self, rows: int, length: int) -> list[int]:
         plans = self._plans.setdefault((rows, length), [])
-        everything = [len(layer.levels(1, 1)) - 1 for layer in self.layers]
         # The first plan stands for two batches, so that gradients and optimizer state are there when memory is counted.
-        if len(plans) < 3 and (not plans or plans[-1] != everything):
-            if len(plans) == 1:
-                plans.append(plans[0])
-            else:
-                budget = self.budget(rows, length, len(plans))
-                plans.append(assign([layer.levels(rows, length) for layer in self.layers], budget))
-        for layer in self.layers:
-            # Recorded launches keep their memory from the head's; where that is short, they are not worth it.
-            layer.may_record = plans[-1] == everything
+        if len(plans) == 1:
+            plans.append(plans[0])
+        elif len(plans) < 3:
+            plans.append(self._made(rows, length, len(plans)))
         return plans[-1]
+
+    def _made(self, rows: int, length: int, before: int) -> list[int]:
+        levels = [layer.levels(rows, length) for layer in self.layers]
+        everything = [len(of_layer) - 1 for of_layer in levels]
+        # Recorded launches keep memory of their own; where it is short, it is worth more for keeping.
+        record = sum(of_layer[-1].kept for of_layer in levels) <= self.budget(rows, length, before, True)
+        for layer in self.layers:
+            layer.may_record = record
+        return everything if record else assign(levels, self.budget(rows, length, before, False))
 
 
 def assign(levels: Sequence[Sequence[Level]], budget: int) -> list[int]:

@@ -68,6 +68,8 @@ def _lean(trainer: Any) -> Iterator[None]:
         for parameter in optimized(trainer.optimizer):
             parameter.grad = None
 
+    # The model says that it trains as soon as it is wrapped in an adapter, while the base under it does not yet.
+    model.train()
     given = {"train": train, "zero_grad": zero_grad}
     if any(name in vars(model) for name in given):  # somebody else's are there
         yield
