@@ -121,7 +121,7 @@ class TrainerConfig(PluginConfig):
     packing: bool = False
     """Fill each row of a batch with several documents."""
     optimizer: Optimizer = Optimizer.adamw_torch
-    """Optimizer name."""
+    """Optimizer name. `adamw_8bit` on a GPU with triton is ftcore's own kernel in bitsandbytes' format; else theirs."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     warmup: float = 0.05

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ftcore import Kernel, KernelsConfig, Plan, Problem, hookimpl
+from ftcore_kernels.optim.choice import optimizer
 from ftcore_kernels.sets._ops import TRITON, kernels
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -18,6 +23,12 @@ class Config(KernelsConfig):
 def ftcore_kernels() -> Sequence[Kernel]:
     """Every op that exists in Triton."""
     return kernels("triton", TRITON)
+
+
+@hookimpl
+def ftcore_make_optimizer(plan: Plan, model: torch.nn.Module) -> torch.optim.Optimizer | None:
+    """ftcore's own AdamW in bitsandbytes' 8-bit format, for `trainer.optimizer=adamw_8bit` on a GPU."""
+    return optimizer(plan, model)
 
 
 @hookimpl

@@ -100,13 +100,14 @@ def make_optimizer(work: Work, model: Any) -> Any:
     return torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
 
-def measure(work: Work, model: Any, free: bool = False) -> dict[str, Any]:
+def measure(work: Work, model: Any, free: bool = False, optimizer: Any = None) -> dict[str, Any]:
     """Median time of the steps after warm-up, and the first loss; with `profile`, one more step's kernels.
 
     :param free: Take the further steps that nobody waits for.
+    :param optimizer: Instead of the one that the work names.
     """
     model.train()
-    optimizer = make_optimizer(work, model)
+    optimizer = optimizer or make_optimizer(work, model)
     batches = token_ids(work)[: None if free else work.total].to(work.device)
 
     def step(ids: Any) -> Any:

@@ -11,12 +11,14 @@ from stepbench.works import FREE, Work
 
 def run(work: Work) -> dict[str, Any]:
     """`pipeline.load`, then the same loop as the peers'."""
+    from ftcore import hooks as h
     from ftcore import pipeline
 
     with tempfile.TemporaryDirectory() as scratch:
         hooks, plan = prepared(work, scratch)
         loaded = pipeline.load(hooks, plan)
-        result = measure(work, loaded.model, free=True)
+        optimizer = hooks.maybe(h.ftcore_make_optimizer, plan=plan, model=loaded.model)
+        result = measure(work, loaded.model, free=True, optimizer=optimizer)
     return {**result, **described(work, loaded)}
 
 

@@ -1,0 +1,1 @@
+"""Optimizers made of the ops here; importing this package imports no torch."""

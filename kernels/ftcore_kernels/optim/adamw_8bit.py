@@ -1,0 +1,134 @@
+"""AdamW that keeps its moments in 8 bits: what bitsandbytes' `AdamW8bit` does, in one launch for many parameters."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+
+from ftcore_kernels.reference.adamw_8bit import BLOCK, Tensors, Update
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) with blockwise 8-bit moments (Dettmers et al. 2021, arXiv 2110.02861).
+
+    Triton on a GPU, plain PyTorch elsewhere; `ftcore_kernels.reference.adamw_8bit` defines the arithmetic. The state of
+    a parameter is `step`, a number, and `m` and `v` in its shape: uint8 codes with the fp32 scales `absmax_m` and
+    `absmax_v` of every 256 elements, or fp32 numbers for a small parameter. That is 2.03 bytes a parameter.
+
+    :param params: Parameters or groups, as for every optimizer. Dense gradients only.
+    :param lr: Learning rate; a number, not a tensor on the device.
+    :param betas: Decay rates of the moments.
+    :param eps: Added to the root of the second moment.
+    :param weight_decay: Decoupled weight decay.
+    :param min_8bit_size: Parameters of fewer elements have a state in fp32.
+    """
+
+    clip_coefficient: torch.Tensor | None = None
+    """One fp32 number on the device that the next step multiplies every gradient by; the step sets it to None."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        min_8bit_size: int = 4096,
+    ) -> None:
+        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be >= 0, betas {betas} in [0, 1)"
+            )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "min_8bit_size": min_8bit_size}
+        super().__init__(params, defaults)
+        self._tables: dict[tuple[int, int], Any] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._tables = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step; `closure` computes the loss anew, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        clip, self.clip_coefficient = self.clip_coefficient, None
+        for number, group in enumerate(self.param_groups):
+            # Parameters share a step number unless they joined, or had no gradient, at some time.
+            together: dict[tuple[torch.device, int], list[Tensors]] = {}
+            copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    tensors = self._tensors(parameter, group["min_8bit_size"])
+                    if tensors.param is not parameter:
+                        copies.append((parameter, tensors.param))
+                    key = (parameter.device, self.state[parameter]["step"])
+                    together.setdefault(key, []).append(tensors)
+            for part, ((device, step), members) in enumerate(together.items()):
+                update = Update(step, float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
+                self._update((number, part), device, members, update, clip)
+            for parameter, copy in copies:
+                parameter.copy_(copy)
+        return loss
+
+    def _tensors(self, parameter: torch.Tensor, min_8bit_size: int) -> Tensors:
+        """The parameter with its gradient and its state, made if there is none; counts the step."""
+        grad = parameter.grad
+        assert grad is not None
+        if grad.is_sparse:
+            raise ValueError("AdamW8bit takes no sparse gradients")
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            blocks = -(-parameter.numel() // BLOCK)
+            eight_bit = parameter.numel() >= min_8bit_size
+            for name in ("m", "v"):
+                dtype = torch.uint8 if eight_bit else torch.float32
+                state[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+                if eight_bit:
+                    state[f"absmax_{name}"] = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
+        state["step"] += 1
+        written = parameter if parameter.is_contiguous() else parameter.contiguous()
+        return Tensors(written, grad.contiguous(), state["m"], state["v"], state.get("absmax_m"), state.get("absmax_v"))
+
+    def _update(
+        self,
+        place: tuple[int, int],
+        device: torch.device,
+        tensors: list[Tensors],
+        update: Update,
+        clip: torch.Tensor | None,
+    ) -> None:
+        """Call the op, or its twin."""
+        if runs_triton(device):
+            from ftcore_kernels.ops import adamw_8bit as op
+
+            op.adamw_8bit(tensors, update, clip, self._tables.setdefault(place, op.Table()))
+        else:
+            from ftcore_kernels.reference import adamw_8bit as twin
+
+            twin.adamw_8bit(tensors, update, clip)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, to the last bit: PyTorch's own would make all of it the parameters' dtype."""
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        mine = chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, parameter in zip(saved, mine, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, torch.Tensor):
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether the Triton op serves tensors there."""
+    return _TRITON and device.type == "cuda"
