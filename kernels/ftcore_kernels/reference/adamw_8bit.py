@@ -122,7 +122,7 @@ def encode(moment: torch.Tensor, absmax: torch.Tensor, signed: bool) -> torch.Te
     """The codes next to a moment `[n]` fp32 with the scales `[ceil(n / 256)]` fp32, `[n]` uint8.
 
     The rule is that of bitsandbytes' GPU kernel (`quantize_2D` and what follows its call in
-    `kOptimizerStatic8bit2StateBlockwise`, csrc/kernels.cu of 0.45): the nearest entry, of two equally near ones the
+    `kOptimizerStatic8bit2StateBlockwise`, csrc/kernels.cu): the nearest entry, of two equally near ones the
     smaller, and a negative number gets a negative entry even if zero is nearer. Where it does otherwise: zeros keep the
     code of zero, whatever their sign, and so does a block of denormal numbers.
     """

@@ -10,7 +10,7 @@ backward), the second one runs as usual.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -76,11 +76,12 @@ class Record:
     """One layer and one shape: two graphs and the memory that they read and write."""
 
     def __init__(
-        self, layer: Layer, keep: Keep, shared: Shared, index: int, parameters: Sequence[nn.Parameter], dx_wanted: bool
-    ) -> None:
+        self, layer: Layer, keep: Keep, shared: Shared, index: int, homes: dict[nn.Parameter, torch.Tensor],
+        dx_wanted: bool,
+    ) -> None:  # fmt: skip
         self.layer, self.keep, self.shared, self.index = layer, keep, shared, index
-        self.parameters, self.dx_wanted = list(parameters), dx_wanted
-        self.pointers = [parameter.data_ptr() for parameter in parameters]
+        self.parameters, self.dx_wanted = trained(layer), dx_wanted
+        self.pointers = [parameter.data_ptr() for parameter in self.parameters]
         self.entry: torch.Tensor | None = None
         self.out: torch.Tensor | None = None
         self.dout: torch.Tensor | None = None
@@ -89,6 +90,8 @@ class Record:
         self._forward = torch.cuda.CUDAGraph()
         self._backward: torch.cuda.CUDAGraph | None = None
         self._kept: Kept | None = None
+        self._homes = homes
+        self._into = torch.empty(0)
 
     def same(self) -> bool:
         """Whether the trained parameters are where they were."""
@@ -114,6 +117,12 @@ class Record:
             self.dout.copy_(dout)
         if self._backward is None:
             self._backward = torch.cuda.CUDAGraph()
+            # Not from the graphs' memory: where micro-batches add up, gradients outlive the next forward, and its
+            # replay writes over everything that was free when it was recorded.
+            for parameter in self.parameters:
+                if parameter not in self._homes:
+                    self._homes[parameter] = torch.empty_like(parameter)
+            self._into = self.shared.down(dout, self.index)
             self._record(self._backward, self._steps_backward)
         for parameter, grad in zip(self.parameters, self.grads, strict=True):
             # A gradient that was not cleared since the last replay lives in the memory that this one writes.
@@ -132,8 +141,8 @@ class Record:
 
     def _steps_backward(self) -> None:
         assert self.dout is not None and self._kept is not None
-        grads, kept, self._kept = Gradients(), self._kept, None
-        into = self.shared.down(self.dout, self.index)
+        kept, self._kept, into = self._kept, None, self._into
+        grads = Gradients(self._homes)
         dx = steps.backward(
             self.layer, kept, self.dout.view(-1, self.dout.shape[-1]), grads, self.dx_wanted,
             into=into.view(-1, into.shape[-1]),
@@ -162,6 +171,8 @@ class Graphs:
         self._made: list[Shared] = [] if before is None else before._made
         self._records: dict[Key, Record] = {}
         self._latest: Record | None = None
+        self._homes: dict[nn.Parameter, torch.Tensor] = {}
+        """Where the layer's gradients are left, by all its records."""
         self._seen: dict[Key, int] = {}
         self._flight: weakref.ref[Flight] | None = None
 
@@ -192,7 +203,7 @@ class Graphs:
             self._made.append(Shared(layer.cos.device))
         shared = self._made[0]
         layer.cos, layer.sin = shared.tables(kind, layer.cos, layer.sin)
-        record = self._records[key] = Record(layer, keep, shared, self._index, trained(layer), dx_wanted)
+        record = self._records[key] = Record(layer, keep, shared, self._index, self._homes, dx_wanted)
         return record
 
     def replay(self, record: Record, hidden: torch.Tensor, tables: Tables, kind: Key) -> torch.Tensor:

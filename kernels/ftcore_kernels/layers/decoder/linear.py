@@ -6,7 +6,7 @@ anew for every forward pass, so that merging, disabling or replacing an adapter 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -222,14 +222,17 @@ class Fused:
 
 
 class Gradients:
-    """Gradients by parameter."""
+    """Gradients by parameter, in memory of their own or in `homes`, which are shaped like the parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, homes: Mapping[nn.Parameter, torch.Tensor] | None = None) -> None:
         self._found: dict[int, torch.Tensor] = {}
+        self._homes = {id(parameter): home for parameter, home in (homes or {}).items()}
 
     def __setitem__(self, parameter: nn.Parameter, gradient: torch.Tensor | None) -> None:
-        if gradient is not None:
-            self._found[id(parameter)] = gradient.to(parameter.dtype)
+        if gradient is None:
+            return
+        home = self._homes.get(id(parameter))
+        self._found[id(parameter)] = gradient.to(parameter.dtype) if home is None else home.copy_(gradient)
 
     def of(self, parameters: Sequence[nn.Parameter]) -> list[torch.Tensor | None]:
         """In the order of `parameters`."""
