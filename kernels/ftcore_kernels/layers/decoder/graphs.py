@@ -115,6 +115,11 @@ class Record:
             self.dout = self.shared.down(dout, self.index + 1)
         if self.dout.data_ptr() != dout.data_ptr():
             self.dout.copy_(dout)
+        for parameter in self.parameters:
+            # A gradient that was not cleared since the last replay lives in the memory that this one writes.
+            home, grad = self._homes.get(parameter), parameter.grad
+            if home is not None and grad is not None and grad.data_ptr() == home.data_ptr():
+                parameter.grad = grad.clone()
         if self._backward is None:
             self._backward = torch.cuda.CUDAGraph()
             # Not from the graphs' memory: where micro-batches add up, gradients outlive the next forward, and its
@@ -124,10 +129,6 @@ class Record:
                     self._homes[parameter] = torch.empty_like(parameter)
             self._into = self.shared.down(dout, self.index)
             self._record(self._backward, self._steps_backward)
-        for parameter, grad in zip(self.parameters, self.grads, strict=True):
-            # A gradient that was not cleared since the last replay lives in the memory that this one writes.
-            if parameter.grad is not None and grad is not None and parameter.grad.data_ptr() == grad.data_ptr():
-                parameter.grad = parameter.grad.clone()
         self._backward.replay()
         found = [self.dx, *self.grads]
         return [None if grad is None else grad.detach() for grad in found]

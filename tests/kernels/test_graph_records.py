@@ -1,0 +1,164 @@
+"""What records, flights and homes decide, with a stand-in for CUDA graphs that runs the launches again, on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ftcore
+from ftcore_kernels.layers.decoder import attention, graphs
+
+
+class Again:
+    """In place of a CUDA graph: a replay runs what was recorded, into the same tensors."""
+
+    def replay(self) -> None:
+        self.launches()
+
+
+def _record(record: graphs.Record, graph: Again, launches: Any) -> None:
+    def run() -> None:
+        out = record.out
+        with torch.no_grad():
+            launches()
+        if launches == record._steps_forward and out is not None:
+            record.out = out.copy_(record.out)  # a graph writes where it wrote when it was recorded
+
+    run()
+    ran = [True]  # recording executes nothing on a GPU: the replay that follows stands for this run
+    graph.launches = lambda: ran.clear() if ran else run()
+
+
+class Shared(graphs.Shared):
+    def __init__(self, device: torch.device) -> None:
+        self._tables, self._sources, self._down = {}, {}, {}
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "Shared", Shared)
+    monkeypatch.setattr(graphs.Record, "_record", _record)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Again)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(attention.Differentiated, "recordable", True)
+
+
+def load(records: bool) -> Any:
+    torch.manual_seed(0)
+    model, _ = ftcore.load(["+model=qwen3", "model.tiny=true"])
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    layers = [module.ftcore_recompute for module in model.modules() if hasattr(module, "ftcore_recompute")]
+    for before, layer in zip([None, *layers], layers, strict=False):
+        if records:
+            layer.follow(before)
+    return model.train()
+
+
+def records(model: Any) -> set[int]:
+    layers = [module.ftcore_recompute for module in model.modules() if hasattr(module, "ftcore_recompute")]
+    return {len(layer.graphs._records) for layer in layers}
+
+
+def batch(seed: int, rows: int = 2, length: int = 16) -> torch.Tensor:
+    return torch.randint(0, 250, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def train(model: Any, shapes: list[tuple[int, int]], micro: int) -> list[torch.Tensor]:
+    found = []
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.05)
+    for step, shape in enumerate(shapes):
+        for part in range(micro):
+            # Micro-batches of a step differ in length, so that gradients of several records add up.
+            ids = batch(10 * step + part, shape[0], shape[1] + 4 * (part % 2))
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            found.append(loss.detach().clone())
+        found += [parameter.grad.clone() for parameter in trained]
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_a_replay_equals_a_launch(micro: int) -> None:
+    shapes = [(2, 16)] * 5 + [(2, 16), (3, 8)] * 5
+    replayed = load(True)
+    expected, found = train(load(False), shapes, micro), train(replayed, shapes, micro)
+    assert records(replayed) == {2 if micro == 1 else 4}
+    assert all(map(torch.equal, expected, found))
+
+
+def gradients(model: Any) -> list[torch.Tensor]:
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.fixture
+def models() -> tuple[Any, Any]:
+    """One that launches and one that has recorded, with the same weights."""
+    pair = load(False), load(True)
+    for model in pair:
+        train(model, [(2, 16)] * 4, 1)
+    assert records(pair[1]) == {1}
+    return pair
+
+
+def test_a_second_forward_before_the_first_backward_is_launched(models: tuple[Any, Any]) -> None:
+    found = []
+    for model in models:
+        first = model(input_ids=batch(1), labels=batch(1)).loss
+        second = model(input_ids=batch(2), labels=batch(2)).loss
+        (first + 3 * second).backward()
+        found.append(gradients(model))
+    assert all(map(torch.equal, *found))
+
+
+def test_a_dropped_forward_does_not_block_the_next(models: tuple[Any, Any]) -> None:
+    found = []
+    for model in models:
+        model(input_ids=batch(1), labels=batch(1)).loss.item()
+        model(input_ids=batch(2), labels=batch(2)).loss.backward()
+        found.append(gradients(model))
+    assert all(map(torch.equal, *found))
+    layer = next(module.ftcore_recompute for module in models[1].modules() if hasattr(module, "ftcore_recompute"))
+    assert not layer.graphs._in_flight()
+
+
+def test_an_adapter_that_is_off_is_not_the_recorded_one(models: tuple[Any, Any]) -> None:
+    losses = []
+    for model in models:
+        with model.disable_adapter():
+            losses.append(model(input_ids=batch(1), labels=batch(1)).loss.detach())
+        losses.append(model(input_ids=batch(1), labels=batch(1)).loss.detach())
+    assert torch.equal(losses[0], losses[2])
+    assert torch.equal(losses[1], losses[3])
+    assert not torch.equal(losses[0], losses[1])
+
+
+def test_moved_parameters_are_recorded_anew(models: tuple[Any, Any]) -> None:
+    for parameter in models[1].parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
+    found = [train(model, [(2, 16)] * 3, 1) for model in models]
+    assert all(map(torch.equal, *found))
+
+
+def test_a_second_backward_is_refused(models: tuple[Any, Any]) -> None:
+    loss = models[1](input_ids=batch(1), labels=batch(1)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once per forward"):
+        loss.backward()
+
+
+def test_not_more_shapes_than_there_is_room_for() -> None:
+    model = load(True)
+    shapes = [(2, 4 + length) for length in range(graphs.SHAPES + 2) for _ in range(graphs.SEEN_BEFORE + 1)]
+    train(model, shapes, 1)
+    assert records(model) == {graphs.SHAPES}
