@@ -24,6 +24,8 @@ BOUND = "_ftcore_forward"
 """Attribute of a patched module that remembers the forward that ftcore gave it."""
 DECODER_LAYER = "decoder_layer"
 """A kernel for this role takes over a whole layer, so nothing inside that layer is claimed as well."""
+INSIDE = "inside a layer that a whole-layer kernel took over"
+"""Why a role has no kernel of its own there."""
 
 
 @dataclass(frozen=True)
@@ -135,16 +137,15 @@ def _choose(
 
 def _without_inner(sites: list[_Site], skipped: list[Skip]) -> list[_Site]:
     layers = [site.path for site in sites if site.role.name == DECODER_LAYER]
-    kept, dropped = [], set()
+    kept: list[_Site] = []
+    dropped: dict[Role, None] = {}  # ordered
     for site in sites:
         if site.role.name != DECODER_LAYER and any(site.path.startswith(layer + ".") for layer in layers):
-            dropped.add(site.role)
+            dropped[site.role] = None
         else:
             kept.append(site)
     for role in dropped:
-        skipped.append(
-            Skip(role=role.name, module=role.module, reason="inside a layer that a whole-layer kernel took over")
-        )
+        skipped.append(Skip(role=role.name, module=role.module, reason=INSIDE))
     return kept
 
 

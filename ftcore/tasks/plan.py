@@ -10,6 +10,7 @@ from ftcore import checkpoint, pipeline
 from ftcore import hooks as h
 from ftcore.manager import Hooks, spec_names
 from ftcore.memory import micro_batch, wants_recompute
+from ftcore.patching import INSIDE
 from ftcore.report import heading, note, table
 from ftcore.specs import PatchReport, Phase, Plan
 from ftcore.tasks._config import config_of
@@ -102,5 +103,10 @@ def _or_unknown(number: int | None) -> str:
 
 
 def _show_patches(patches: PatchReport) -> None:
-    table((role, f"{kernel} on {count} modules") for (role, kernel), count in patches.counts().items())
-    table((skip.role, f"plain transformers: {skip.reason}") for skip in patches.skipped)
+    claimed = [(role, f"{kernel} on {count} modules") for (role, kernel), count in patches.counts().items()]
+    # What a whole layer took over runs in its kernel; only the rest is transformers' own.
+    skipped = [
+        (skip.role, skip.reason if skip.reason == INSIDE else f"plain transformers: {skip.reason}")
+        for skip in patches.skipped
+    ]
+    table([*claimed, *skipped])

@@ -76,7 +76,7 @@ def test_plan_shows_everything_and_writes_nothing(ftcore_cli, in_tmp: Path) -> N
     for text in (
         "8 rows a step = 2 x 4 accumulated",
         "16",  # steps: 128 rows / 8
-        "reference.rms_norm on 9 modules",
+        "reference.decoder_layer on 2 modules",
         "load_model",
         "core/model",
         "trained (",
