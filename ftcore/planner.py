@@ -11,6 +11,10 @@ GIVEN_AWAY = 0.04
 """Part of the free memory that is left alone: the allocator's blocks are not all of one size."""
 
 
+_Plan = tuple[list[int], bool]
+"""The level of every layer, and whether launches may be recorded."""
+
+
 @dataclass
 class Planner:
     """Chooses a level for every layer of a model, once for each shape of batch.
@@ -22,7 +26,7 @@ class Planner:
     budget: Callable[[int, int, int, bool], int]
     """From rows, row length, the number of plans made before, and whether launches are recorded, to the bytes that
     activations may fill."""
-    _plans: dict[tuple[int, int], list[list[int]]] = field(default_factory=dict)
+    _plans: dict[tuple[int, int], list[_Plan]] = field(default_factory=dict)
     _now: list[int] = field(default_factory=list)
 
     def attach(self) -> None:
@@ -33,12 +37,14 @@ class Planner:
     def _chooser(self, index: int) -> Callable[[int, int], int]:
         def choose(rows: int, length: int) -> int:
             if index == 0:
-                self._now = self._plan(rows, length)
+                self._now, record = self._plan(rows, length)
+                for layer in self.layers:
+                    layer.may_record = record
             return self._now[index]
 
         return choose
 
-    def _plan(self, rows: int, length: int) -> list[int]:
+    def _plan(self, rows: int, length: int) -> _Plan:
         plans = self._plans.setdefault((rows, length), [])
         # The first plan stands for two batches, so that gradients and optimizer state are there when memory is counted.
         if len(plans) == 1:
@@ -47,14 +53,12 @@ class Planner:
             plans.append(self._made(rows, length, len(plans)))
         return plans[-1]
 
-    def _made(self, rows: int, length: int, before: int) -> list[int]:
+    def _made(self, rows: int, length: int, before: int) -> _Plan:
         levels = [layer.levels(rows, length) for layer in self.layers]
         everything = [len(of_layer) - 1 for of_layer in levels]
         # Recorded launches keep memory of their own; where it is short, it is worth more for keeping.
         record = sum(of_layer[-1].kept for of_layer in levels) <= self.budget(rows, length, before, True)
-        for layer in self.layers:
-            layer.may_record = record
-        return everything if record else assign(levels, self.budget(rows, length, before, False))
+        return (everything if record else assign(levels, self.budget(rows, length, before, False))), record
 
 
 def assign(levels: Sequence[Sequence[Level]], budget: int) -> list[int]:

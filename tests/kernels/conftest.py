@@ -3,7 +3,7 @@
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import pytest
 import torch
@@ -22,6 +22,8 @@ CEILINGS = {torch.float32: (1e-5, 1e-5), torch.float16: (4e-3, 1e-2), torch.bflo
 
 Function = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 Compare = Callable[[Function, Function, Function, Sequence[torch.Tensor]], None]
+Step = Callable[..., dict[str, torch.Tensor]]
+CompareSteps = Callable[[Step, Step, Step, Mapping[str, torch.Tensor | None]], None]
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +87,47 @@ def error(actual: torch.Tensor, truth: torch.Tensor) -> float:
     return float((actual.cpu().double() - truth).norm() / truth.norm().clamp_min(1e-30))
 
 
+def strided_copy(x: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides: `clone` would close gaps between rows."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x.detach())
+
+
+def assert_no_worse(actual: torch.Tensor, other: torch.Tensor, exact: torch.Tensor, ceiling: float) -> None:
+    """`actual` is as near to the exact values as `other` is, nearly."""
+    assert (actual.dtype, actual.shape) == (other.dtype, other.shape)
+    assert actual.isfinite().all()
+    mine = error(actual, exact)
+    # A norm over few roundings scatters: 1.107x over 224 bf16 values was seen on an H100.
+    slack = 1.25 if exact.numel() < 1000 else 1.0
+    assert mine <= slack * (1.1 * error(other, exact) + 1e-6)
+    assert mine <= slack * ceiling
+    if exact.numel():  # and no single element is far off
+        assert (actual.cpu().double() - exact).abs().max() <= 4 * ceiling * exact.abs().max() + 1e-6
+
+
+@pytest.fixture(scope="session")
+def compare_steps() -> CompareSteps:
+    """Check the plain steps of a manual backward against their formula in fp64, as `compare` checks operations.
+
+    A step is given copies of the tensors, which it may write over, and returns all that it is said to leave.
+    """
+
+    def check(op: Step, eager: Step, formula: Step, tensors: Mapping[str, torch.Tensor | None]) -> None:
+        def copies() -> dict[str, torch.Tensor | None]:
+            return {name: None if x is None else strided_copy(x) for name, x in tensors.items()}
+
+        ours, again, theirs = op(**copies()), op(**copies()), eager(**copies())
+        truth = formula(**{n: None if x is None else x.detach().cpu().double() for n, x in tensors.items()})
+        dtype = max((x.dtype for x in tensors.values() if x is not None), key=lambda dtype: torch.finfo(dtype).eps)
+        assert set(ours) == set(theirs) == set(truth)
+        for name, exact in truth.items():
+            assert torch.equal(ours[name], again[name]), f"{name}: two runs differ"
+            ceiling = CEILINGS[dtype][name.startswith("d")]
+            assert_no_worse(ours[name], theirs[name], exact.detach(), ceiling)
+
+    return check
+
+
 @pytest.fixture(scope="session")
 def compare() -> Compare:
     """Check an operation against its formula in fp64, no worse than eager PyTorch, and everything else it promises."""
@@ -99,16 +142,8 @@ def compare() -> Compare:
         ceilings = CEILINGS[max((x.dtype for x in inputs), key=lambda dtype: torch.finfo(dtype).eps)]
         for kind, ceiling in enumerate(ceilings):
             for actual, repeated, other, exact in zip(ours[kind], again[kind], theirs[kind], truth[kind], strict=True):
-                assert (actual.dtype, actual.shape) == (other.dtype, other.shape)
                 assert torch.equal(actual, repeated), "two runs differ"
-                assert actual.isfinite().all()
-                mine = error(actual, exact)
-                # A norm over few roundings scatters: 1.107x over 224 bf16 values was seen on an H100.
-                slack = 1.25 if exact.numel() < 1000 else 1.0
-                assert mine <= slack * (1.1 * error(other, exact) + 1e-6)
-                assert mine <= slack * ceiling
-                if exact.numel():  # and no single element is far off
-                    assert (actual.cpu().double() - exact).abs().max() <= 4 * ceiling * exact.abs().max() + 1e-6
+                assert_no_worse(actual, other, exact, ceiling)
 
     return check
 

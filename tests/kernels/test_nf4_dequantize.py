@@ -111,6 +111,39 @@ def test_transposed_use(device):
     torch.testing.assert_close(x @ nf4_dequantize(packed, absmax, (6, 40), dtype=torch.float32), x @ weight)
 
 
+@pytest.mark.parametrize("double", [False, True], ids=["fp32 scales", "double"])
+def test_into_rows_of_a_larger_buffer(device, dtype, double):
+    """Several weights under each other, as one product wants them; the rows around them stay."""
+    whole = torch.full((20, 40), 7.0, dtype=dtype, device=device)
+    parts = [make(shape, device, double=double) for shape in ((6, 40), (3, 40))]
+    for function in (nf4_dequantize, reference):
+        whole.fill_(7.0)
+        for (packed, absmax, state), rows in zip(parts, (slice(2, 8), slice(8, 11)), strict=True):
+            shape = (rows.stop - rows.start, 40)
+            before = packed.clone(), absmax.clone()
+            out = function(packed, absmax, shape, 64, dtype, state, out=whole[rows])
+            assert out.data_ptr() == whole[rows].data_ptr()
+            assert torch.equal(out.cpu(), decode(packed, absmax, shape, 64, dtype, state))
+            assert torch.equal(out, function(packed, absmax, shape, 64, dtype, state))
+            assert torch.equal(packed, before[0])
+            assert torch.equal(absmax, before[1])
+        assert (whole[:2] == 7).all()
+        assert (whole[11:] == 7).all()
+
+
+def test_refuses_memory_that_does_not_fit(device, dtype):
+    packed, absmax, _ = make((6, 40), device)
+    other = torch.float16 if dtype == torch.float32 else torch.float32
+    for function in (nf4_dequantize, reference):
+        for out in (
+            torch.empty(40, 6, dtype=dtype, device=device),
+            torch.empty(6, 40, dtype=other, device=device),
+            torch.empty(40, 6, dtype=dtype, device=device).T,
+        ):
+            with pytest.raises(ValueError, match=r"out is .*; it must be contiguous \(6, 40\)"):
+                function(packed, absmax, (6, 40), dtype=dtype, out=out)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter would take hours for 2^31 weights")
 def test_offsets_beyond_int32(device):

@@ -41,9 +41,14 @@ def test_trl_trains_a_loaded_model_and_the_kernels_stay(in_tmp: Path) -> None:
     arguments = SFTConfig("out", max_steps=2, bf16=False, use_cpu=True, report_to="none", learning_rate=1e-2)
     result = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer).train()
     assert result.global_step == 2
-    norms = [m for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"]
-    assert norms
-    assert all("forward" in vars(norm) for norm in norms)
+    kinds = {kind: [m for m in model.modules() if type(m).__name__ == kind] for kind in LAYER}
+    claimed = {kind: {"forward" in vars(module) for module in found} for kind, found in kinds.items()}
+    assert claimed == {"LlamaDecoderLayer": {True}, "LlamaAttention": {False}, "LlamaMLP": {False}}
+    assert "forward" in vars(model.get_base_model().model.norm)
+
+
+LAYER = ("LlamaDecoderLayer", "LlamaAttention", "LlamaMLP")
+"""A whole-layer kernel, and what stays plain within it."""
 
 
 def test_export_writes_what_was_trained(in_tmp: Path) -> None:

@@ -65,25 +65,64 @@ def test_accumulation_gives_the_same_steps(tiny_run) -> None:
     assert whole.metrics["loss_last"] < whole.metrics["loss_first"] - 0.1
 
 
-def test_memory_decides_about_recomputation_and_changes_no_number(tiny_run) -> None:
-    seen = {}
+def bytes_kept(model: torch.nn.Module) -> int:
+    """What a forward pass of some rows leaves allocated for its backward pass."""
+    from ftcore.testing import runs
+
+    batch = runs.batch_for(model, length=64)
+    model.train()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        loss = model(**batch).loss
+    del loss
+    return sum(event.self_cpu_memory_usage for event in profile.events())
+
+
+def test_memory_decides_about_recomputation_and_changes_no_number(tiny_run, monkeypatch) -> None:
+    """Layers that a kernel took over recompute by themselves, all others are checkpointed; never both."""
+    import transformers.modeling_utils
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    seen, kept, checkpointed = {}, {}, []
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def counted(function, *args, **kwargs):
+        layers = [x for x in (*args, *getattr(function, "args", ())) if isinstance(x, GradientCheckpointingLayer)]
+        checkpointed.extend(layers)  # the plain head checkpoints its chunks, which is no layer's business
+        return checkpoint(function, *args, **kwargs)
+
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", counted)
+    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", counted)
 
     def spy(name: str):
         @ftcore.hookimpl(wrapper=True)
         def ftcore_train(trainer):
+            kept[name] = bytes_kept(trainer.model)
+            checkpointed.clear()
+            result = yield
             seen[name] = (
                 trainer.args.gradient_checkpointing,
                 trainer.args.bf16,
                 trainer.model.is_gradient_checkpointing,
+                bool(checkpointed),
             )
-            return (yield)
+            return result
 
         return ftcore_train
 
-    off = tiny_run("output_dir=off", "memory=off", plugins=(spy("off"),))
-    least = tiny_run("output_dir=least", "memory=least", plugins=(spy("least"),))
-    assert seen == {"off": (False, False, False), "least": (False, False, True)}
-    assert least.metrics["eval_loss"] == pytest.approx(off.metrics["eval_loss"], abs=1e-6)
+    runs = {}
+    for name, words in {
+        "off": ("memory=off",),
+        "least": ("memory=least",),
+        "plain off": ("memory=off", "kernels=[]"),
+        "plain least": ("memory=least", "kernels=[]"),
+    }.items():
+        runs[name] = tiny_run(f"output_dir={name.replace(' ', '-')}", *words, plugins=(spy(name),))
+    nothing = (False, False, False, False)
+    assert seen == {"off": nothing, "least": nothing, "plain off": nothing, "plain least": (False, False, True, True)}
+    assert kept["least"] < kept["off"] < kept["plain off"]
+    assert kept["plain least"] < kept["plain off"]
+    for result in runs.values():
+        assert result.metrics["eval_loss"] == pytest.approx(runs["off"].metrics["eval_loss"], abs=1e-6)
 
 
 def test_full_fine_tuning_saves_a_whole_model(tiny_run) -> None:
@@ -293,10 +332,18 @@ def test_a_wrapper_alone_is_no_reward(in_tmp: Path) -> None:
 
 
 def test_memory_least_holds_for_loaded_models_too() -> None:
-    model, _ = ftcore.load(["+model=qwen3", "model.tiny=true", "memory=least"])
-    assert model.is_gradient_checkpointing
-    model, _ = ftcore.load(["+model=qwen3", "model.tiny=true", "memory=off"])
-    assert not model.is_gradient_checkpointing
+    """Once: within the layers that a kernel took over, around the others."""
+    words = ["+model=qwen3", "model.tiny=true"]
+    kept, checkpointed = {}, {}
+    for kernels in ("kernels=[auto]", "kernels=[]"):
+        for mode in ("memory=least", "memory=off"):
+            model, _ = ftcore.load([*words, kernels, mode])
+            kept[kernels, mode] = bytes_kept(model)
+            checkpointed[kernels, mode] = model.is_gradient_checkpointing
+        assert kept[kernels, "memory=least"] < kept[kernels, "memory=off"]
+    assert [case for case, is_checkpointed in checkpointed.items() if is_checkpointed] == [
+        ("kernels=[]", "memory=least")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def _adamw_kernel(
     where parameter, m, v and their scales lie, how many elements there are, and the tensor's first program.
     """
     TILE: tl.constexpr = BLOCKS * BLOCK
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(programs_ptr + program)
     table_ptr += tensor * 7
     param_ptr = tl.load(table_ptr).to(tl.pointer_type(P))

@@ -40,7 +40,7 @@ def lora_grads(
     (tokens, width), rank = dy.shape, b.shape[1]
     if not dy.numel():
         return reference.lora_grads(dy, xa, b, widths, scales)
-    columns, stages = _tile(rank, dy.device)
+    columns, stages = _tile(rank, dy)
     blocks = [triton.cdiv(segment, columns) for segment in widths]
     walk = _walk(tokens, sum(blocks), _launch.processors(dy.device))
     walks = triton.cdiv(tokens, walk)
@@ -62,11 +62,12 @@ def lora_grads(
     return dxa, db
 
 
-def _tile(rank: int, device: torch.device) -> tuple[int, int]:
+def _tile(rank: int, dy: torch.Tensor) -> tuple[int, int]:
     """Columns of a program, and the depth of its loads in flight, for the shared memory that there is."""
-    if _launch.shared_memory(device) >= 160_000:
+    room = _launch.shared_memory(dy.device) * 2 // dy.element_size()
+    if room >= 160_000:
         return 512, 3
-    return (128, 2) if _launch.shared_memory(device) >= _launch.SMALL or rank <= 16 else (64, 1)
+    return (128, 2) if room >= _launch.SMALL or (rank <= 16 and room >= 60_000) else (64, 1)
 
 
 def _walk(tokens: int, blocks: int, processors: int) -> int:
@@ -83,7 +84,7 @@ def _lora_grads_kernel(
     RANK: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """One program per COLUMNS of a segment and WALK rows."""
-    block = tl.program_id(0)
+    block = tl.program_id(0).to(tl.int64)
     first_blocks, second_blocks = tl.cdiv(first_width, COLUMNS), tl.cdiv(second_width, COLUMNS)
     segment = (block >= first_blocks).to(tl.int32) + (block >= first_blocks + second_blocks).to(tl.int32)
     inner = block - tl.where(segment > 0, first_blocks, 0) - tl.where(segment > 1, second_blocks, 0)
@@ -102,7 +103,7 @@ def _lora_grads_kernel(
         )
         xa = tl.load(xa_ptr + row[:, None] * xa_stride + segment * RANK + rank[None, :], mask=rows[:, None], other=0.0)
         dxa = tl.dot(dy, b, input_precision="ieee")
-        tl.store(dxa_ptr + (block.to(tl.int64) * tokens + row[:, None]) * RANK + rank[None, :], dxa, mask=rows[:, None])
+        tl.store(dxa_ptr + (block * tokens + row[:, None]) * RANK + rank[None, :], dxa, mask=rows[:, None])
         db += tl.dot(tl.trans(dy), xa, input_precision="ieee")
     at = (tl.program_id(1).to(tl.int64) * width + column[:, None]) * RANK + rank[None, :]
     tl.store(db_ptr + at, db, mask=(column < end)[:, None])
@@ -115,7 +116,7 @@ def _lora_sums_kernel(
     RANK: tl.constexpr, COLUMNS: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program per ROWS rows and segment of dxa, then one per ROWS rows of dB: the parts added up."""
-    program, rank = tl.program_id(0), tl.arange(0, RANK)
+    program, rank = tl.program_id(0).to(tl.int64), tl.arange(0, RANK)
     first_blocks, second_blocks = tl.cdiv(first_width, COLUMNS), tl.cdiv(second_width, COLUMNS)
     summed_rows = tl.cdiv(tokens, ROWS) * SEGMENTS
     total = tl.zeros((ROWS, RANK), tl.float32)
@@ -124,14 +125,14 @@ def _lora_sums_kernel(
         start = tl.where(segment > 0, first_blocks, 0) + tl.where(segment > 1, second_blocks, 0)
         third_blocks = tl.cdiv(third_width, COLUMNS)
         blocks = tl.where(segment == 0, first_blocks, tl.where(segment == 1, second_blocks, third_blocks))
-        row = (program // SEGMENTS).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row = program // SEGMENTS * ROWS + tl.arange(0, ROWS)
         mask = (row < tokens)[:, None]
         for block in range(blocks):
-            at = ((start + block).to(tl.int64) * tokens + row[:, None]) * RANK + rank[None, :]
+            at = ((start + block) * tokens + row[:, None]) * RANK + rank[None, :]
             total += tl.load(dxa_parts_ptr + at, mask=mask, other=0.0)
         tl.store(dxa_ptr + row[:, None] * (SEGMENTS * RANK) + segment * RANK + rank[None, :], total, mask=mask)
     else:
-        row = (program - summed_rows).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row = (program - summed_rows) * ROWS + tl.arange(0, ROWS)
         mask = (row < width)[:, None]
         for walk in range(walks):
             at = (walk * width + row[:, None]) * RANK + rank[None, :]

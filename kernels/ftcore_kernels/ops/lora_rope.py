@@ -128,14 +128,14 @@ def _lora_rope_kernel(
 ):  # fmt: skip
     """One program per block of tokens and head: [TOKENS, D] of the fused buffer in, the same out."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     mask = (token < tokens)[:, None]
     width = (q_heads + 2 * kv_heads) * dim
     source = qkv_ptr + token[:, None] * width + head * dim
     target = out_ptr + token[:, None] * width + head * dim
     ranks = Q_RANKS if head < q_heads else (K_RANKS if head < q_heads + kv_heads else V_RANKS)
     xa_ptr += token[:, None] * xa_stride + ranks * RANK
-    b_ptr += head.to(tl.int64) * dim * RANK
+    b_ptr += head * dim * RANK
     a, b, rest = _load_head(source, xa_ptr, b_ptr, mask, dim, pairs, RANK, PAIR_BLOCK, REST_BLOCK)
     if head < q_heads + kv_heads:
         if NORM:
@@ -168,16 +168,16 @@ def _lora_rope_back_kernel(
 ):  # fmt: skip
     """As the forward: the gradients of a head's tokens in, those of the fused buffer out."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     mask = (token < tokens)[:, None]
     batch, position = (token // length)[:, None], (token % length)[:, None]
     if head < q_heads:
-        source = dq_ptr + batch * dq_batch_stride + head.to(tl.int64) * dq_head_stride + position * dq_token_stride
+        source = dq_ptr + batch * dq_batch_stride + head * dq_head_stride + position * dq_token_stride
     elif head < q_heads + kv_heads:
-        inner = (head - q_heads).to(tl.int64)
+        inner = head - q_heads
         source = dk_ptr + batch * dk_batch_stride + inner * dk_head_stride + position * dk_token_stride
     else:
-        inner = (head - q_heads - kv_heads).to(tl.int64)
+        inner = head - q_heads - kv_heads
         source = dv_ptr + batch * dv_batch_stride + inner * dv_head_stride + position * dv_token_stride
     a, b, rest = _load_head(source, xa_ptr, b_ptr, mask, dim, pairs, 0, PAIR_BLOCK, REST_BLOCK)
     width = (q_heads + 2 * kv_heads) * dim
@@ -190,7 +190,7 @@ def _lora_rope_back_kernel(
             ranks = Q_RANKS if head < q_heads else K_RANKS
             raw_a, raw_b, raw_rest = _load_head(
                 qkv_ptr + token[:, None] * width + head * dim, xa_ptr + token[:, None] * xa_stride + ranks * RANK,
-                b_ptr + head.to(tl.int64) * dim * RANK, mask, dim, pairs, RANK, PAIR_BLOCK, REST_BLOCK,
+                b_ptr + head * dim * RANK, mask, dim, pairs, RANK, PAIR_BLOCK, REST_BLOCK,
             )  # fmt: skip
             rstd = _rstd(raw_a, raw_b, raw_rest, dim, eps, REST_BLOCK)
             raw_a, raw_b, raw_rest = raw_a * rstd, raw_b * rstd, raw_rest * rstd

@@ -305,7 +305,7 @@ def _attention_backward(
     )
     del dattended
     norm = layer.head_norm
-    trained = norm is not None and norm.q_weight.requires_grad
+    trained = norm is not None and (norm.q_weight.requires_grad or norm.k_weight.requires_grad)
     dqkv, dq_weight, dk_weight = layer.ops.lora_rope_backward(
         dq, dk, dv, layer.cos, layer.sin, layer.heads, kept.raw_qkv,
         None if norm is None else _heads_update(layer, kept), norm, trained,

@@ -1,0 +1,438 @@
+"""What is recomputed: levels under a budget, when a plan is made, and what `memory=` tells which layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ftcore
+from ftcore import Role, memory
+from ftcore.config import Graphs, Memory, Optimizer
+from ftcore.planner import Planner, assign
+from ftcore.specs import Level, Plan
+from ftcore.testing import maths, runs
+
+# assign ------------------------------------------------------------------------------------------------------------
+
+
+def kept(levels: Sequence[Sequence[Level]], chosen: Sequence[int]) -> int:
+    return sum(of_layer[index].kept for of_layer, index in zip(levels, chosen, strict=True))
+
+
+def again(levels: Sequence[Sequence[Level]], chosen: Sequence[int]) -> float:
+    return sum(of_layer[index].again for of_layer, index in zip(levels, chosen, strict=True))
+
+
+def from_steps(start: int, steps: Sequence[tuple[int, int]]) -> list[Level]:
+    """Levels from (more bytes, work saved) a step; everything kept means nothing computed again."""
+    work = sum(saved for _, saved in steps)
+    found = [Level(start, work)]
+    for more, saved in steps:
+        found.append(Level(found[-1].kept + more, found[-1].again - saved))
+    return found
+
+
+STEPS = st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=0, max_size=4)
+LAYER = st.builds(from_steps, st.integers(0, 30), STEPS)
+LAYERS = st.lists(LAYER, min_size=1, max_size=6)
+
+
+def convex(steps: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Each step is worth less for its bytes than the one before."""
+    return sorted(((more + 1, saved) for more, saved in steps), key=lambda step: step[1] / step[0], reverse=True)
+
+
+CONVEX = st.lists(st.builds(lambda start, steps: from_steps(start, convex(steps)), st.integers(0, 30), STEPS),
+                  min_size=1, max_size=6)  # fmt: skip
+
+
+@given(LAYERS, st.integers(-50, 1000))
+def test_never_over_the_budget_unless_the_least_is(levels, budget) -> None:
+    chosen = assign(levels, budget)
+    assert len(chosen) == len(levels)
+    assert all(0 <= index < len(of_layer) for index, of_layer in zip(chosen, levels, strict=True))
+    least = sum(of_layer[0].kept for of_layer in levels)
+    if least > budget:
+        assert kept(levels, chosen) == least
+    else:
+        assert kept(levels, chosen) <= budget
+
+
+@given(LAYERS)
+def test_everything_is_kept_where_it_fits(levels) -> None:
+    most = [len(of_layer) - 1 for of_layer in levels]
+    chosen = assign(levels, kept(levels, most))
+    assert again(levels, chosen) == 0
+    assert kept(levels, chosen) <= kept(levels, most)
+
+
+@given(LAYERS, st.integers(0, 500))
+def test_no_further_level_would_fit(levels, budget) -> None:
+    """What is left over does not pay for any level of any layer that saves work."""
+    chosen = assign(levels, budget)
+    left = budget - kept(levels, chosen)
+    for of_layer, index in zip(levels, chosen, strict=True):
+        for further in of_layer[index + 1 :]:
+            assert further.kept - of_layer[index].kept > left or further.again == of_layer[index].again
+
+
+@given(CONVEX, st.integers(0, 500), st.integers(0, 100))
+def test_more_memory_never_means_more_work(levels, budget, more) -> None:
+    """Where each level is worth less for its bytes than the one before."""
+    assert again(levels, assign(levels, budget + more)) <= again(levels, assign(levels, budget))
+
+
+@given(LAYER, st.integers(1, 6), st.integers(0, 500))
+def test_among_equal_layers_the_last_keep_most(layer, number, budget) -> None:
+    chosen = assign([layer] * number, budget)
+    assert [layer[index].again for index in chosen] == sorted((layer[index].again for index in chosen), reverse=True)
+
+
+@settings(max_examples=30)
+@given(st.lists(LAYER, min_size=1, max_size=3), st.integers(0, 300))
+def test_not_far_from_the_best_choice(levels, budget) -> None:
+    """Greedy over the hull: at most the work of one step of one layer more than the best of all choices."""
+    import itertools
+
+    choices = itertools.product(*(range(len(of_layer)) for of_layer in levels))
+    best = min((again(levels, c) for c in choices if kept(levels, c) <= budget), default=None)
+    if best is not None:
+        assert again(levels, assign(levels, budget)) <= best + max(of_layer[0].again for of_layer in levels)
+
+
+TWO = [from_steps(10, [(10, 100), (20, 60), (10, 10)])] * 2
+
+
+@pytest.mark.parametrize(
+    ("budget", "chosen"),
+    [
+        (0, [0, 0]),  # not even the least fits
+        (20, [0, 0]),
+        (29, [0, 0]),
+        (30, [0, 1]),
+        (40, [1, 1]),
+        (59, [1, 1]),
+        (60, [1, 2]),
+        (70, [1, 3]),  # 30 more for a second layer's next step is not there, 10 for this one's are
+        (80, [2, 2]),
+        (90, [2, 3]),
+        (100, [3, 3]),
+        (10_000, [3, 3]),
+    ],
+)
+def test_two_layers(budget, chosen) -> None:
+    assert assign(TWO, budget) == chosen
+
+
+def test_a_step_that_saves_more_goes_first_whatever_its_layer() -> None:
+    poor, rich = from_steps(0, [(10, 10)]), from_steps(0, [(10, 11)])
+    assert assign([rich, poor], 10) == [1, 0]
+    assert assign([poor, rich], 10) == [0, 1]
+
+
+def test_a_level_off_the_hull_is_passed_over_and_taken_where_nothing_else_fits() -> None:
+    layer = from_steps(0, [(10, 1), (10, 99)])  # both steps together are the best one
+    assert assign([layer], 20) == [2]
+    assert assign([layer], 19) == [1]
+    assert assign([layer], 9) == [0]
+
+
+def test_one_level_and_no_layer() -> None:
+    assert assign([[Level(5, 0.0)]], 100) == [0]
+    assert assign([], 100) == []
+
+
+# When a plan is made -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fake:
+    """A layer that keeps 10 or 20 bytes a token."""
+
+    choose: Any = None
+    may_record: bool = True
+    followed: Any = "nobody"
+
+    def levels(self, rows: int, length: int) -> list[Level]:
+        tokens = rows * length
+        return [Level(10 * tokens, 5.0 * tokens), Level(20 * tokens, 0.0)]
+
+    def workspace(self, rows: int, length: int) -> int:
+        return 7 * rows * length
+
+    def follow(self, before: Any) -> None:
+        self.followed = before
+
+
+Question = tuple[int, int, int, bool]
+
+
+def planned(budget: Callable[[Question], int]) -> tuple[Callable[[int, int], list[int]], list[Question], list[Fake]]:
+    """A function that plays a forward pass, and the questions after memory that it leads to."""
+    asked: list[Question] = []
+
+    def ask(*question: Any) -> int:
+        asked.append(question)
+        return budget(question)
+
+    fakes = [Fake() for _ in range(3)]
+    Planner(fakes, ask).attach()
+    return lambda rows, length: [fake.choose(rows, length) for fake in fakes], asked, fakes
+
+
+def test_the_first_plan_stands_for_two_batches_and_the_second_for_good() -> None:
+    forward, asked, _ = planned(lambda question: {0: 40, 2: 50}[question[2]])
+    assert [forward(1, 1) for _ in range(6)] == [[0, 0, 1]] * 2 + [[0, 1, 1]] * 4
+    assert asked == [(1, 1, 0, True), (1, 1, 0, False), (1, 1, 2, True), (1, 1, 2, False)]
+
+
+def test_a_second_plan_may_keep_less() -> None:
+    forward, _, _ = planned(lambda question: {0: 100, 2: 40}[question[2]])
+    assert [forward(1, 1) for _ in range(4)] == [[1, 1, 1]] * 2 + [[0, 0, 1]] * 2
+
+
+def test_launches_are_recorded_where_everything_is_kept_besides() -> None:
+    """Recording takes memory: what it leaves has to hold everything, or there is none."""
+    forward, asked, fakes = planned(lambda question: 60)
+    assert forward(1, 1) == [1, 1, 1]
+    assert asked == [(1, 1, 0, True)]
+    assert all(fake.may_record for fake in fakes)
+    forward, asked, fakes = planned(lambda question: 59 if question[3] else 60)
+    assert forward(1, 1) == [1, 1, 1]
+    assert asked == [(1, 1, 0, True), (1, 1, 0, False)]
+    assert not any(fake.may_record for fake in fakes)
+
+
+def test_every_shape_has_a_plan_of_its_own() -> None:
+    forward, asked, _ = planned(lambda question: 100)
+    shapes = {(1, 1): [1, 1, 1], (2, 2): [0, 0, 0], (1, 2): [0, 1, 1]}
+    for _ in range(4):
+        for shape, chosen in shapes.items():
+            assert forward(*shape) == chosen
+    assert [question[:3] for question in asked if not question[3]] == [
+        (2, 2, 0),
+        (1, 2, 0),
+        (2, 2, 2),
+        (1, 2, 2),
+    ]
+
+
+def test_recording_belongs_to_the_shape_that_it_was_planned_for() -> None:
+    forward, _, fakes = planned(lambda question: 100)
+    for _ in range(4):
+        forward(1, 1)
+        assert all(fake.may_record for fake in fakes)
+        forward(2, 2)
+        assert not any(fake.may_record for fake in fakes)
+
+
+# What `memory=` does -----------------------------------------------------------------------------------------------
+
+TINY = ["+model=llama", "model.tiny=true", "model.dtype=float32"]
+WORDS = [*TINY, "kernels=[reference]"]
+ROLE = Role("decoder_layer", "LlamaDecoderLayer")
+
+
+def fresh(kernel_set: str = "reference") -> tuple[Plan, Any]:
+    """A plan and its model, with nothing said about memory yet."""
+    if torch.cuda.is_available():
+        pytest.skip("GPUs are faked here")
+    loaded = runs.loaded([*TINY, "memory=off", f"kernels=[{kernel_set}]"])
+    return loaded.plan, loaded.model
+
+
+def with_memory(plan: Plan, mode: Memory, **more: Any) -> Plan:
+    return replace(plan, run=replace(plan.run, memory=mode, graphs=Graphs.off, **more))
+
+
+def layers_of(model: Any) -> list[Any]:
+    return list(model.get_base_model().model.layers)
+
+
+def checkpointed(model: Any) -> list[bool]:
+    return [layer.gradient_checkpointing for layer in layers_of(model)]
+
+
+def test_off_tells_nobody() -> None:
+    plan, model = fresh()
+    assert not memory.apply(with_memory(plan, Memory.off), model)
+    assert [layer.ftcore_recompute.choose for layer in layers_of(model)] == [None, None]
+    assert checkpointed(model) == [False, False]
+
+
+def test_auto_keeps_everything_on_a_cpu() -> None:
+    plan, model = fresh()
+    assert not memory.apply(with_memory(plan, Memory.auto), model)
+    assert [layer.ftcore_recompute.choose for layer in layers_of(model)] == [None, None]
+    assert checkpointed(model) == [False, False]
+
+
+def test_least_recomputes_within_the_layers() -> None:
+    """The last layer keeps what the head's memory pays for; the others keep their inputs, at any size of batch."""
+    plan, model = fresh()
+    assert memory.apply(with_memory(plan, Memory.least), model)
+    assert checkpointed(model) == [False, False], "a layer would be recomputed twice"
+    first, last = (layer.ftcore_recompute for layer in layers_of(model))
+    assert not (first.may_record or last.may_record), "recording takes memory"
+    for rows, length in ((1, 1), (2, 37), (8, 4096), (64, 32768)):
+        assert first.choose(rows, length) == 0
+        levels = last.levels(rows, length)
+        spare = max(last.workspace(rows, length) - memory.head_bytes(model, rows, length), 0)
+        assert levels[last.choose(rows, length)].kept - levels[0].kept <= spare
+
+
+def test_least_checkpoints_layers_that_no_kernel_took_over() -> None:
+    plan, model = fresh("")
+    assert memory.apply(with_memory(plan, Memory.least), model)
+    assert checkpointed(model) == [True, True]
+
+
+def test_least_checkpoints_only_the_layers_that_no_kernel_took_over() -> None:
+    from ftcore_kernels.layers.decoder import install_reference
+
+    plan, model = fresh("")
+    _, untouched = fresh("")
+    for other in (model, untouched):
+        runs.shake(other, trainable_only=True)
+    install_reference(layers_of(model)[1], ROLE)
+    assert memory.apply(with_memory(plan, Memory.least), model)
+    assert checkpointed(model) == [True, False]
+    batch = runs.batch_for(model)
+    (loss, gradients), (our_loss, ours) = (maths.loss_and_gradients(x, batch) for x in (untouched, model))
+    assert maths.apart(our_loss, loss) <= 1e-5
+    assert gradients.keys() == ours.keys()
+    assert max(maths.apart(ours[name], gradients[name]) for name in gradients) <= 1e-5
+
+
+class Gpu:
+    """A GPU that is not there: so much memory is free, so much is allocated."""
+
+    kind, capability, runs_triton, dtype = "cuda", (9, 0), False, "float32"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int, allocated: int = 0, cached: int = 0) -> None:
+        self.memory = free
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 10 * free))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: allocated)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: allocated + cached)
+        monkeypatch.setattr(torch.cuda, "memory_stats", lambda *_: {}, raising=False)
+
+
+def levels_on(model: Any, rows: int, length: int) -> list[int]:
+    return [layer.ftcore_recompute.choose(rows, length) for layer in layers_of(model)]
+
+
+@pytest.mark.parametrize("limited", [False, True], ids=["free memory", "memory_limit"])
+def test_auto_keeps_what_fits_on_a_gpu(monkeypatch, limited) -> None:
+    rows, length = 4, 512
+    seen = []
+    for share in (0.0, 0.5, 1.0):
+        plan, model = fresh()
+        recomputers = [layer.ftcore_recompute for layer in layers_of(model)]
+        levels = recomputers[0].levels(rows, length)
+        wanted = levels[0].kept * 2 + share * 2 * (levels[-1].kept - levels[0].kept)
+        # What a budget of 0 takes; then the same GPU with what is wanted on top.
+        gpu = Gpu(monkeypatch, free=2**40)
+        needed = 2**40 * (1 - memory.GIVEN_AWAY) - memory.budget(model, recomputers, rows, length, 8, False)
+        free = int((wanted + needed) / (1 if limited else 1 - memory.GIVEN_AWAY)) + 2
+        gpu = Gpu(monkeypatch, free=2**40 if limited else free)
+        limit = {"memory_limit": free / 2**30} if limited else {}
+        plan = replace(with_memory(plan, Memory.auto, **limit), device=gpu)
+        assert not memory.apply(plan, model), "nothing else recomputes"
+        assert checkpointed(model) == [False, False]
+        seen.append(levels_on(model, rows, length))
+    assert seen[0] == [0, 0]
+    assert seen[0] < seen[1] < seen[2]
+    assert seen[1] == sorted(seen[1]), "the last layer keeps most"
+    assert seen[2] == [4, 4]
+
+
+def test_auto_changes_no_number(monkeypatch) -> None:
+    plan, model = fresh()
+    runs.shake(model, trainable_only=True)
+    batch = runs.batch_for(model)
+    loss, gradients = maths.loss_and_gradients(model, batch)
+    plan = replace(with_memory(plan, Memory.auto), device=Gpu(monkeypatch, free=0))
+    memory.apply(plan, model)
+    assert levels_on(model, *batch["input_ids"].shape) == [0, 0]
+    for _ in range(3):
+        our_loss, ours = maths.loss_and_gradients(model, batch)
+        assert torch.equal(our_loss, loss)
+        assert all(torch.equal(ours[name], gradients[name]) for name in gradients)
+
+
+def test_budget_counts_what_is_still_to_come(monkeypatch) -> None:
+    gib = 2**30
+    _, model = fresh()
+    fakes = [Fake(), Fake()]
+
+    def left(state: int = 0, recorded: bool = False, limit: float | None = None) -> int:
+        return memory.budget(model, fakes, 100, 100, state, recorded, limit)
+
+    Gpu(monkeypatch, free=gib)
+    base = left()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert base < (1 - memory.GIVEN_AWAY) * gib
+    assert base - left(state=8) == pytest.approx(8 * trained, abs=2)
+    needs = sorted((fakes[0].workspace(100, 100), memory.head_bytes(model, 100, 100)))
+    assert base - left(recorded=True) == needs[0], "what is recorded does not share its memory with the head"
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    assert left() - base == pytest.approx(4 * trained, abs=2), "gradients that are there are counted by the allocator"
+    with_grads = left()
+    Gpu(monkeypatch, free=gib // 2, allocated=5 * gib, cached=gib // 2)
+    assert left() == pytest.approx(with_grads, abs=2), "memory that torch holds and does not use is free"
+    assert left(limit=5.25) < left(limit=5.5) < left(limit=5.75)
+    assert left(limit=5.5) - left(limit=5.25) == pytest.approx(gib / 4, abs=2)
+    assert left(limit=99) >= left()
+
+
+@pytest.mark.parametrize(("optimizer", "size"), [(Optimizer.sgd, 0), (Optimizer.adamw_8bit, 2), (None, 8)])
+def test_state_of_the_optimizer(optimizer, size) -> None:
+    words = [] if optimizer is None else [f"trainer.optimizer={optimizer.value}"]
+    _, plan = runs.prepared([*WORDS, "+trainer=sft", *words])
+    assert memory.optimizer_bytes(plan) == size
+
+
+def test_graphs_follow_the_layers_order_on_a_gpu_and_nowhere_else(monkeypatch) -> None:
+    fakes = [Fake(), Fake(), Fake()]
+    blocks = []
+    for fake in fakes:
+        block = torch.nn.Linear(1, 1)
+        block.ftcore_recompute = fake
+        blocks.append(block)
+    model = torch.nn.Sequential(*blocks)
+    text = SimpleNamespace(num_hidden_layers=3, hidden_size=8, vocab_size=16)
+    model.config = SimpleNamespace(get_text_config=lambda: text)
+    plan, _ = fresh()
+    for device, graphs in ((plan.device, Graphs.auto), (Gpu(monkeypatch, 0), Graphs.off)):
+        memory.apply(replace(plan, device=device, run=replace(plan.run, memory=Memory.off, graphs=graphs)), model)
+        assert [fake.followed for fake in fakes] == ["nobody"] * 3
+    plan = replace(plan, device=Gpu(monkeypatch, 0), run=replace(plan.run, memory=Memory.off, graphs=Graphs.auto))
+    memory.apply(plan, model)
+    assert [fake.followed for fake in fakes] == [None, fakes[0], fakes[1]]
+
+
+def test_levels_of_a_layer_are_in_order() -> None:
+    """Each keeps more than the one before and computes less again; of a real size, more memory is never more work."""
+    _, model = fresh()
+    recompute = layers_of(model)[0].ftcore_recompute
+    for rows, length in ((1, 1), (2, 333), (8, 8192)):
+        levels = list(recompute.levels(rows, length))
+        assert [level.kept for level in levels] == sorted({level.kept for level in levels})
+        assert [level.again for level in levels] == sorted({level.again for level in levels}, reverse=True)
+        work = [
+            again([levels] * 4, assign([levels] * 4, b)) for b in range(0, 4 * levels[-1].kept, levels[-1].kept // 50)
+        ]
+        assert work == sorted(work, reverse=True)
+
+
+def test_runs_that_are_loaded_are_told() -> None:
+    model, _ = ftcore.load([*WORDS, "memory=least"])
+    assert layers_of(model)[0].ftcore_recompute.choose(2, 64) == 0
