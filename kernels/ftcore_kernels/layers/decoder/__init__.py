@@ -6,6 +6,7 @@ to the family's own forward.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import fields
 from importlib import import_module
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from ftcore import Plan, Role, bind
+from ftcore.report import note
 from ftcore_kernels.layers.decoder.function import run, trained
 from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.linear import Uncovered
@@ -48,7 +50,9 @@ def forward(
         if torch.is_autocast_enabled(hidden_states.device.type) and hidden_states.dtype == torch.float32:
             raise Uncovered("autocast would round 32-bit hidden states")
         layer = structure.read(module, hidden_states, position_embeddings, attention_mask, kwargs)
-    except Uncovered:
+    except Uncovered as reason:
+        if module.training and torch.is_grad_enabled():
+            _say(str(reason))
         whole = dict(
             kwargs,
             position_embeddings=position_embeddings,
@@ -60,6 +64,12 @@ def forward(
         record = graphs.record(key, layer, keep, kind, hidden_states.requires_grad)
         return graphs.replay(record, hidden_states, position_embeddings, kind)
     return run(layer, hidden_states, keep)
+
+
+@functools.cache
+def _say(reason: str) -> None:
+    """Once for each reason: what trains more slowly than the report says."""
+    note(f"decoder layers run as transformers' own in training: {reason}")
 
 
 def _own(module: Any, hidden_states: torch.Tensor, keep: Keep, kwargs: dict[str, Any]) -> torch.Tensor:
