@@ -13,6 +13,8 @@ import pytest
 pytest_plugins = ["ftcore.testing"]  # Triton's interpreter where there is no GPU, chosen before anything imports Triton
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, instead of every worker on all of them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

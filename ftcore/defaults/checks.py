@@ -109,6 +109,11 @@ def _combinations(plan: Plan) -> Iterator[Problem]:
         yield Problem("model.dtype", f"'{run.model.dtype}' is no dtype", "use auto, float32, bfloat16 or float16")
     if run.memory.value == "offload":
         yield Problem("memory", "`offload` is not built yet", "use memory=least for the smallest footprint")
+    if run.memory_limit is not None and run.memory_limit <= 0:
+        yield Problem("memory_limit", f"is {run.memory_limit:g}", "give GiB, such as 20, or leave it out")
+    elif run.memory_limit is not None and run.memory.value != "auto":
+        message = f"is for memory=auto, and memory is {run.memory.value}"
+        yield Problem("memory_limit", message, "leave one of the two out")
     if run.model and run.model.new_tokens:
         yield Problem("model.new_tokens", "adding tokens is not built yet", "leave it empty")
 

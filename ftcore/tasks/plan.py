@@ -8,6 +8,7 @@ from typing import Any
 
 from ftcore import checkpoint, pipeline
 from ftcore import hooks as h
+from ftcore.config import Memory
 from ftcore.manager import Hooks, spec_names
 from ftcore.memory import micro_batch, wants_recompute
 from ftcore.patching import INSIDE
@@ -66,8 +67,12 @@ def _settings(plan: Plan, model: Any) -> Iterable[tuple[str, str]]:
         accumulated = run.trainer.global_batch // micro
         yield "batch", f"{run.trainer.global_batch} rows a step = {micro} x {accumulated} accumulated"
         yield "steps", _or_unknown(_steps(plan, rows))
-        recomputed = "every layer" if wants_recompute(plan, model) else "nothing"
-        yield "memory", f"{run.memory.value}: {recomputed} recomputed"
+        if run.memory is Memory.auto and plan.device.kind == "cuda":
+            limit = "the GPU has free" if run.memory_limit is None else f"{run.memory_limit:g} GiB allow"
+            yield "memory", f"auto: as little recomputed as what {limit}, decided at the first batch"
+        else:
+            recomputed = "every layer" if wants_recompute(plan, model) else "nothing"
+            yield "memory", f"{run.memory.value}: {recomputed} recomputed"
     yield "exports", ", ".join(run.export) or "none (the adapter or model is always saved)"
     yield "run folder", str(plan.output_dir)
 

@@ -227,6 +227,10 @@ CASES = {
     "all-held-out": wrong(
         f"{SFT} data.path=good.jsonl data.eval_size=3", CONFIG, "data.eval_size: holds out 3 of 3", "smaller"
     ),
+    "no-memory": wrong(f"{SFT} memory_limit=0", CONFIG, "memory_limit: is 0", "GiB"),
+    "two-memories": wrong(
+        f"{SFT} memory=least memory_limit=20", CONFIG, "memory_limit: is for memory=auto", "leave one of the two out"
+    ),
     "zero-rank": wrong(f"{SFT} adapter.r=0", CONFIG, "adapter.r: is 0", "at least 1"),
     "dropout": wrong(f"{SFT} adapter.dropout=1", CONFIG, "adapter.dropout: is 1.0", "below 1"),
     "top-p": wrong(f"{SFT} sampling.top_p=2", CONFIG, "sampling.top_p: is 2.0", "up to 1"),
