@@ -28,12 +28,7 @@ def apply(plan: Plan, model: Any) -> bool:
             layer.choose, layer.may_record = _least, False
         chosen[-1].choose = _least_of_last(model, chosen[-1])
     elif chosen and mode is Memory.auto and plan.device.kind == "cuda":
-        limit, state = plan.run.memory_limit, optimizer_bytes(plan)
-
-        def fills(rows: int, length: int, made: int, recorded: bool) -> int:
-            return budget(model, chosen, rows, length, 0 if made else state, recorded, limit)
-
-        Planner(chosen, fills).attach()
+        Planner(chosen, room(plan, model, chosen)).attach()
     if plan.device.kind == "cuda" and plan.run.graphs is Graphs.auto:
         for before, layer in zip([None, *chosen], chosen, strict=False):
             layer.follow(before)
@@ -77,6 +72,22 @@ def _number_of_layers(model: Any) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
 
+def room(plan: Plan, model: Any, layers: list[Recomputing]) -> Callable[[int, int, int, bool], int]:
+    """The planner's question: from rows, row length, plans made before, and recording, to bytes for activations."""
+    limit, state = plan.run.memory_limit, optimizer_bytes(plan)
+    at_first: list[int] = []
+
+    def fills(rows: int, length: int, made: int, recorded: bool) -> int:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        gradients = sum(p.grad.numel() * p.grad.element_size() for p in trained if p.grad is not None)
+        at_first.append(_allocated() - gradients)
+        # Gradient accumulation may put any number of batches before the first optimizer step.
+        there = at_first[-1] - at_first[0] >= 0.9 * state * sum(p.numel() for p in trained)
+        return budget(model, layers, rows, length, 0 if there else state, recorded, limit)
+
+    return fills
+
+
 def budget(
     model: Any,
     layers: list[Recomputing],
@@ -104,6 +115,12 @@ def budget(
     waiting += state * sum(p.numel() for p in model.parameters() if p.requires_grad)
     spare = GIVEN_AWAY * free if limit is None else 0
     return int(free - spare) - workspace - int(waiting)
+
+
+def _allocated() -> int:
+    import torch
+
+    return torch.cuda.memory_allocated()
 
 
 def optimizer_bytes(plan: Plan) -> int:

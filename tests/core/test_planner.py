@@ -436,3 +436,21 @@ def test_levels_of_a_layer_are_in_order() -> None:
 def test_runs_that_are_loaded_are_told() -> None:
     model, _ = ftcore.load([*WORDS, "memory=least"])
     assert layers_of(model)[0].ftcore_recompute.choose(2, 64) == 0
+
+
+def test_the_optimizers_state_is_reserved_until_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(10, 10, bias=False)
+    asked, allocated = [], [1000]
+    monkeypatch.setattr(memory, "_allocated", lambda: allocated[0])
+    monkeypatch.setattr(
+        memory, "budget", lambda model, layers, rows, length, state, recorded, limit: asked.append(state)
+    )
+    plan = SimpleNamespace(run=SimpleNamespace(memory_limit=None, trainer=None))
+    fills = memory.room(plan, model, [])
+    fills(1, 1, 0, False)
+    model.weight.grad = torch.zeros(10, 10)
+    allocated[0] += 400  # the gradient
+    fills(1, 1, 2, False)  # a third micro-batch, and no step yet
+    allocated[0] += 800  # two moments of 100 parameters
+    fills(1, 1, 3, False)
+    assert asked == [8, 8, 0]
