@@ -162,3 +162,15 @@ def test_not_more_shapes_than_there_is_room_for() -> None:
     shapes = [(2, 4 + length) for length in range(graphs.SHAPES + 2) for _ in range(graphs.SEEN_BEFORE + 1)]
     train(model, shapes, 1)
     assert records(model) == {graphs.SHAPES}
+
+
+def test_a_changed_scale_is_not_the_recorded_one(models: tuple[Any, Any]) -> None:
+    losses = []
+    for model in models:
+        before = model(input_ids=batch(1), labels=batch(1)).loss.detach()
+        for module in model.modules():
+            if "scaling" in vars(module):
+                module.scaling["default"] *= 3
+        losses.append((before, model(input_ids=batch(1), labels=batch(1)).loss.detach()))
+    assert torch.equal(losses[0][1], losses[1][1])
+    assert not torch.equal(*losses[1])

@@ -38,7 +38,8 @@ def forward(
     recompute: Recompute = module.ftcore_recompute
     keep = recompute.keep(hidden_states)
     graphs, key, kind = None, (), (getattr(module.self_attn, "layer_type", None),)
-    if position_embeddings is not None and attention_mask is None and past_key_values is None:
+    plain = attention_mask is None and past_key_values is None and not kwargs.get("output_attentions")
+    if position_embeddings is not None and plain:
         graphs = recompute.recording(hidden_states) if module.training and torch.is_grad_enabled() else None
     if graphs is not None and position_embeddings is not None:
         key = (hidden_states.shape, hidden_states.dtype, hidden_states.requires_grad, keep, structure.state(module))

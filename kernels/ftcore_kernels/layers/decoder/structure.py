@@ -86,7 +86,12 @@ class Structure:
         """What can change about a layer without its parameters: which adapters are on, and where the weights are."""
         linears = [linear for group in self.groups(module) for linear in group]
         adapters = [
-            (layer["_disable_adapters"], tuple(layer["merged_adapters"]), tuple(layer["_active_adapter"]))
+            (
+                layer["_disable_adapters"],
+                tuple(layer["merged_adapters"]),
+                tuple(layer["_active_adapter"]),
+                tuple(layer["scaling"].items()),
+            )
             for layer in map(vars, linears)
             if "merged_adapters" in layer
         ]
