@@ -88,10 +88,15 @@ class AdapterConfig(PluginConfig):
 class DataConfig(PluginConfig):
     """Base of all data formats."""
 
-    path: str | None = None
-    """File (.jsonl, .json, .csv, .parquet, .txt), folder, or hub id; null takes the format's shipped sample rows."""
+    path: Any = None
+    """File (.jsonl, .json, .csv, .tsv, .parquet, .txt), folder, or hub id, or a list of them to mix; null takes the
+    format's shipped sample rows."""
+    weights: list[float] = field(default_factory=list)
+    """With a list of paths: how often each is drawn from, until one has no rows left; empty takes all rows of all."""
     split: str = "train"
     """Split to train on, where the data set has several."""
+    subset: str | None = None
+    """Part of a data set on the hub, where it has several."""
     eval_path: str | None = None
     """Held-out rows, in the same format."""
     eval_size: float = 0.0
@@ -100,6 +105,8 @@ class DataConfig(PluginConfig):
     """Read rows as they are needed instead of all at once; needs `trainer.max_steps`."""
     format: str | None = None
     """With `data=auto`: the format to use instead of detecting one."""
+    template: str | None = None
+    """Chat template: a .jinja file, or a name such as `chatml` or `qwen3_training`; null takes the tokenizer's own."""
 
 
 @dataclass
@@ -225,7 +232,8 @@ class RunConfig:
     """Callbacks, trackers, observers."""
 
     memory: Memory = Memory.auto
-    """What is recomputed to save memory: `off` nothing, `least` every layer, `auto` only what does not fit."""
+    """Who pays for activations: `off` nobody, `least` every layer is recomputed, `offload` and its input waits in host
+    memory, `auto` does of both what the GPU's memory asks for."""
     memory_limit: float | None = None
     """GiB of GPU memory that `memory=auto` plans with; null takes what is free."""
     graphs: Graphs = Graphs.auto

@@ -12,8 +12,15 @@ from ftcore.specs import Plan, Recomputing
 RESERVE = 0.8
 """Part of the free memory that activations of transformers' own layers may fill: their count is an estimate."""
 
+ROUNDED_UP = 2**25
+"""Bytes under a limit that are left alone: what the allocator rounds up, and tensors that nobody counted."""
+
 HEAD = 3 * 2**28
 """Bytes of the logits that the fused head has alive at a time, in fp32, and of their gradient in 16 bits."""
+
+
+LEAN = (Memory.least, Memory.offload)
+"""Every layer keeps its input only."""
 
 
 def apply(plan: Plan, model: Any) -> bool:
@@ -23,12 +30,12 @@ def apply(plan: Plan, model: Any) -> bool:
     """
     chosen = layers_that_choose(model)
     mode = plan.run.memory
-    if chosen and mode is Memory.least:
+    if chosen and mode in LEAN:
         for layer in chosen:
-            layer.choose, layer.may_record = _least, False
+            layer.choose, layer.may_record, layer.away = _least, False, mode is Memory.offload
         chosen[-1].choose = _least_of_last(model, chosen[-1])
     elif chosen and mode is Memory.auto and plan.device.kind == "cuda":
-        Planner(chosen, room(plan, model, chosen)).attach()
+        Planner(chosen, room(plan, model, chosen), host_room).attach()
     if plan.device.kind == "cuda" and plan.run.graphs is Graphs.auto:
         for before, layer in zip([None, *chosen], chosen, strict=False):
             layer.follow(before)
@@ -113,8 +120,19 @@ def budget(
     workspace = sum(needs) if recorded else max(needs)
     waiting = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None)
     waiting += state * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    spare = GIVEN_AWAY * free if limit is None else 0
+    spare = GIVEN_AWAY * free if limit is None else ROUNDED_UP
     return int(free - spare) - workspace - int(waiting)
+
+
+HOST_PART = 0.5
+"""Part of the host's available memory that inputs of layers may fill: what is locked for a GPU cannot be swapped."""
+
+
+def host_room() -> int:
+    """Bytes of host memory that inputs of layers may fill."""
+    import psutil
+
+    return int(HOST_PART * psutil.virtual_memory().available)
 
 
 def _allocated() -> int:
@@ -130,9 +148,9 @@ def optimizer_bytes(plan: Plan) -> int:
 
 
 def wants_recompute(plan: Plan, model: Any) -> bool:
-    """`least` always, `off` never, `auto` when the activations of a micro-batch would not fit the free GPU memory."""
+    """`least` and `offload` always, `off` never, `auto` when the activations of a micro-batch would not fit the free GPU memory."""
     if plan.run.memory is not Memory.auto:
-        return plan.run.memory is Memory.least
+        return plan.run.memory in LEAN
     if plan.device.kind != "cuda" or plan.run.trainer is None:
         return False
     return activation_bytes(plan, model.config) > RESERVE * plan.device.memory

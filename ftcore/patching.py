@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BOUND = "_ftcore_forward"
 """Attribute of a patched module that remembers the forward that ftcore gave it."""
+UNDO = "_ftcore_undo"
+"""Attribute of a module whose patch changed something besides a forward: what to call to change it back."""
 DECODER_LAYER = "decoder_layer"
 """A kernel for this role takes over a whole layer, so nothing inside that layer is claimed as well."""
 INSIDE = "inside a layer that a whole-layer kernel took over"
@@ -160,7 +162,7 @@ def bind(module: nn.Module, forward: Callable[..., Any], **fixed: Any) -> None:
 
 
 def unpatch(model: nn.Module) -> int:
-    """Take every forward that :func:`bind` put there off again; returns how many there were.
+    """Take every forward that :func:`bind` put there off again, and what came with it; returns how many there were.
 
     A forward that somebody put over it since, as trainers do, stays.
     """
@@ -168,4 +170,7 @@ def unpatch(model: nn.Module) -> int:
     for module in bound:
         if vars(module).get("forward") == vars(module).pop(BOUND):
             del module.forward
+    for module in model.modules():
+        if (undo := vars(module).pop(UNDO, None)) is not None:
+            undo()
     return len(bound)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ftcore.specs import Level, Recomputing
 
@@ -11,8 +12,17 @@ GIVEN_AWAY = 0.04
 """Part of the free memory that is left alone: the allocator's blocks are not all of one size."""
 
 
-_Plan = tuple[list[int], bool]
-"""The level of every layer, and whether launches may be recorded."""
+STAY = 3
+"""Inputs of layers that are on the GPU although they wait in host memory: on their way, or not gone yet."""
+
+
+class _Plan(NamedTuple):
+    levels: list[int]
+    """Of every layer."""
+    record: bool
+    """Whether launches may be recorded."""
+    away: bool = False
+    """Whether inputs wait in host memory."""
 
 
 @dataclass
@@ -26,8 +36,10 @@ class Planner:
     budget: Callable[[int, int, int, bool], int]
     """From rows, row length, the number of plans made before, and whether launches are recorded, to the bytes that
     activations may fill."""
+    host: Callable[[], int] = lambda: 0
+    """Bytes of host memory that inputs of layers may fill."""
     _plans: dict[tuple[int, int], list[_Plan]] = field(default_factory=dict)
-    _now: list[int] = field(default_factory=list)
+    _now: _Plan = field(default_factory=lambda: _Plan([], False))
 
     def attach(self) -> None:
         """Make every layer ask this planner."""
@@ -37,10 +49,10 @@ class Planner:
     def _chooser(self, index: int) -> Callable[[int, int], int]:
         def choose(rows: int, length: int) -> int:
             if index == 0:
-                self._now, record = self._plan(rows, length)
+                self._now = self._plan(rows, length)
                 for layer in self.layers:
-                    layer.may_record = record
-            return self._now[index]
+                    layer.may_record, layer.away = self._now.record, self._now.away
+            return self._now.levels[index]
 
         return choose
 
@@ -57,8 +69,19 @@ class Planner:
         levels = [layer.levels(rows, length) for layer in self.layers]
         everything = [len(of_layer) - 1 for of_layer in levels]
         # Recorded launches keep memory of their own; where it is short, it is worth more for keeping.
-        record = sum(of_layer[-1].kept for of_layer in levels) <= self.budget(rows, length, before, True)
-        return (everything if record else assign(levels, self.budget(rows, length, before, False))), record
+        whole = sum(of_layer[-1].kept for of_layer in levels)
+        if whole <= self.budget(rows, length, before, True):
+            return _Plan(everything, True)
+        free = self.budget(rows, length, before, False)
+        away = 0 if whole <= free else self._moved(rows, length)
+        return _Plan(assign(levels, free + away), False, away > 0)
+
+    def _moved(self, rows: int, length: int) -> int:
+        """Bytes of GPU memory that it frees to let inputs wait in host memory, if that has room for them."""
+        moved = [layer.moved(rows, length) for layer in self.layers]
+        if not all(moved) or sum(moved) > self.host():
+            return 0
+        return sum(moved[:-STAY])
 
 
 def assign(levels: Sequence[Sequence[Level]], budget: int) -> list[int]:

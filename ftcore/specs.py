@@ -27,6 +27,12 @@ class Shape:
     PROMPTS = "prompts"
     PREFERENCE = "preference"
     UNPAIRED = "unpaired"
+    STEPWISE = "stepwise"
+    IMAGES = "images"
+    AUDIO = "audio"
+    LABELS = "labels"
+    PAIRS = "pairs"
+    TOKENS = "tokens"
 
 
 class Phase(Enum):
@@ -104,9 +110,20 @@ class Recomputing(Protocol):
     """From rows and row length of a batch to the index of a level; None keeps everything."""
     may_record: bool
     """Whether launches may be recorded, which takes memory of its own."""
+    away: bool
+    """Whether the input, which every level keeps, waits in host memory for the backward."""
+
+    @property
+    def recorded(self) -> float:
+        """Batches of fewer tokens have their launches recorded, once for each shape; 0 where none is."""
+        ...
 
     def levels(self, rows: int, length: int) -> Sequence[Level]:
         """The choices for a batch, the one that keeps least first, the one that keeps everything last."""
+        ...
+
+    def moved(self, rows: int, length: int) -> int:
+        """Bytes of a level that `away` takes off the GPU; 0 where the copies would keep it waiting."""
         ...
 
     def workspace(self, rows: int, length: int) -> int:
@@ -131,6 +148,30 @@ class Bundle:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chat:
+    """Facts about the chat templates that a family's own tokenizers bring."""
+
+    turn_ends: tuple[str, ...]
+    """Tokens that end an answer, in one checkpoint or another: where a sampler stops."""
+    system: bool = True
+    """Whether a system message may come first."""
+    thinking: tuple[str, str] | None = None
+    """What stands around the reasoning of checkpoints that reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What a family cannot do: refused in the plan."""
+
+    key: str
+    """The setting at fault, such as `trainer.packing`."""
+    reason: str
+    fix: str
+    applies: Callable[[Plan], bool]
+    """Whether a run asks for it; told without reading weights."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFamily:
     """What ftcore knows of a model family: the answer of a model plugin."""
 
@@ -138,6 +179,9 @@ class ModelFamily:
     """`model_type` values of the configs that belong to the family."""
     roles: tuple[Role, ...]
     lora_targets: tuple[str, ...]
+    """Last names of the linear layers that LoRA adapts unless `adapter.targets` chooses."""
+    lora_parameters: tuple[str, ...] = ()
+    """Parameters that LoRA adapts besides, as PEFT's `target_parameters` names them: experts held as 3-D tensors."""
     tiny: Mapping[str, Any]
     """Arguments of the family's transformers config for a tiny random model."""
     shapes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -146,6 +190,13 @@ class ModelFamily:
     chat_template: str | None = None
     """Jinja text used when the tokenizer brings no template of its own."""
     bundle: Bundle | None = None
+    checkpoints: tuple[str, ...] = ()
+    """Ids on the hub that are known to belong to the family; `model.id` takes others of its `model_types` as well."""
+    chat: Chat | None = None
+    sampling: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Settings that the family's authors recommend, by kind of checkpoint (`instruct`, `thinking`, ...), with the names
+    of transformers' `GenerationConfig`; empty where they recommend none."""
+    limits: tuple[Limit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +215,11 @@ class DataFormat:
     """Shipped held-out rows, a path."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts, none of them a training row, answered before and after training on the sample."""
+    over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """More general formats that the rows fit as well, and the columns that say that they are of this one: a row with
+    `prompt` and `chosen` is no row of `prompts`."""
+    media: tuple[str, ...] = ()
+    """Columns that name files; a relative path is one beside the file with the rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import yaml
 
 from ftcore import checkpoint
 from ftcore.catalog import installed
-from ftcore.defaults.check_data import check_evaluation, check_rows
+from ftcore.defaults.check_data import check_evaluation, check_rows, check_sources
 from ftcore.defaults.check_trainer import check_arguments, check_numbers
 from ftcore.errors import Exit, Problem, Refused
 from ftcore.hooks import hookimpl
@@ -29,9 +29,11 @@ def ftcore_check_plan(plan: Plan) -> Sequence[Problem]:
         *_requirements(plan),
         *_selection(plan),
         *_combinations(plan),
+        *_limits(plan),
         *check_arguments(plan),
         *check_numbers(plan),
         *check_evaluation(plan),
+        *check_sources(plan),
         *_folders(plan),
         *_rewards(plan),
         *checkpoint.problems(plan.run.model, plan.family),
@@ -107,8 +109,9 @@ def _combinations(plan: Plan) -> Iterator[Problem]:
             )
     if run.model and run.model.dtype not in ("auto", "float32", "bfloat16", "float16"):
         yield Problem("model.dtype", f"'{run.model.dtype}' is no dtype", "use auto, float32, bfloat16 or float16")
-    if run.memory.value == "offload":
-        yield Problem("memory", "`offload` is not built yet", "use memory=least for the smallest footprint")
+    if run.memory.value == "offload" and plan.device.kind != "cuda":
+        message = "`offload` moves layer inputs from a GPU to host memory, and there is no GPU"
+        yield Problem("memory", message, "use memory=least for the smallest footprint")
     if run.memory_limit is not None and run.memory_limit <= 0:
         yield Problem("memory_limit", f"is {run.memory_limit:g}", "give GiB, such as 20, or leave it out")
     elif run.memory_limit is not None and run.memory.value != "auto":
@@ -116,6 +119,13 @@ def _combinations(plan: Plan) -> Iterator[Problem]:
         yield Problem("memory_limit", message, "leave one of the two out")
     if run.model and run.model.new_tokens:
         yield Problem("model.new_tokens", "adding tokens is not built yet", "leave it empty")
+
+
+def _limits(plan: Plan) -> Iterator[Problem]:
+    """What the family says that it cannot do."""
+    for limit in plan.family.limits:
+        if limit.applies(plan):
+            yield Problem(limit.key, limit.reason, limit.fix)
 
 
 def _folders(plan: Plan) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ftcore import checkpoint
+from ftcore import checkpoint, templates
 from ftcore.hooks import hookimpl
 from ftcore.specs import PatchReport, Phase, Plan
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @hookimpl(trylast=True)
 def ftcore_load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
-    """AutoTokenizer; a missing pad token becomes the end token, a missing chat template the family's."""
+    """AutoTokenizer; a missing pad token becomes the end token; `data.template` or, if none is there, the family's."""
     from transformers import AutoTokenizer
 
     assert plan.run.model is not None
@@ -25,7 +25,9 @@ def ftcore_load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if not tokenizer.chat_template and plan.family.chat_template:
+    if plan.run.data and plan.run.data.template:
+        tokenizer.chat_template = templates.read(plan.run.data.template)
+    elif not tokenizer.chat_template and plan.family.chat_template:
         tokenizer.chat_template = plan.family.chat_template
     return tokenizer
 
@@ -45,6 +47,8 @@ def ftcore_load_model(plan: Plan, quantization: Any | None) -> PreTrainedModel:
         options["device_map"] = {"": torch.cuda.current_device()}  # straight to the GPU, never whole in host memory
     if model.rope_scaling or model.max_length:
         options["config"] = _stretched(plan)
+    if any("attention_softcap" in role.traits for role in plan.family.roles):
+        options["attn_implementation"] = "eager"  # SDPA leaves the cap out, and transformers 5.17 would take it
     auto = getattr(transformers, plan.family.auto_class)
     loaded: PreTrainedModel = auto.from_pretrained(checkpoint.locate(model, plan.family), **options)
     loaded.config.use_cache = False
@@ -59,13 +63,14 @@ def _stretched(plan: Plan) -> Any:
     assert plan.run.model is not None
     model = plan.run.model
     config = AutoConfig.from_pretrained(checkpoint.locate(model, plan.family), revision=model.revision)
+    text = config.get_text_config()
     if model.rope_scaling:
         # What the scaling stretches is the checkpoint's own context, not the longer one that is set below.
-        own = {"original_max_position_embeddings": config.max_position_embeddings}
+        own = {"original_max_position_embeddings": text.max_position_embeddings}
         known = own if model.rope_scaling.get("rope_type") in ORIGINAL_CONTEXT else {}
-        config.rope_parameters = {**(config.rope_parameters or {}), **known, **model.rope_scaling}
+        text.rope_parameters = {**(text.rope_parameters or {}), **known, **model.rope_scaling}
     if model.max_length:
-        config.max_position_embeddings = model.max_length
+        text.max_position_embeddings = model.max_length
     return config
 
 

@@ -23,17 +23,43 @@ def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return distance / norm if norm else distance
 
 
-def loss_and_gradients(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The training loss, and the gradient of every trainable parameter by name."""
+Step = tuple["torch.Tensor", "dict[str, torch.Tensor]"]
+"""A loss, and gradients by the names of their parameters."""
+
+
+def loss_and_gradients(
+    model: Any, batch: dict[str, torch.Tensor] | Sequence[dict[str, torch.Tensor]], labels: int | None = None
+) -> Step:
+    """The training loss, and the gradient of every trainable parameter by name.
+
+    :param batch: Inputs with labels, or several whose losses are added.
+    :param labels: Tokens that the sum of the losses is divided by; None takes the mean over those of the batch.
+    """
     import torch
 
     model.train()
     model.zero_grad()
     torch.manual_seed(3)
-    loss = model(**batch).loss
-    loss.backward()
-    gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
-    return loss.detach().cpu(), gradients
+    losses = []
+    for inputs in [batch] if isinstance(batch, dict) else batch:
+        count = {} if labels is None else {"num_items_in_batch": torch.tensor(labels)}
+        inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        loss = model(**inputs, **count).loss
+        loss.backward()
+        losses.append(loss.detach().cpu())
+    # A copy: what one model returned must not change with the next pass.
+    gradients = {name: p.grad.cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
+    return torch.stack(losses).sum(), gradients
+
+
+def assert_same_step(ours: Step, theirs: Step, tolerance: float) -> None:
+    """Equal losses and gradients, and gradients that are not all zero."""
+    (our_loss, our_gradients), (loss, gradients) = ours, theirs
+    assert apart(our_loss, loss) <= tolerance, "the loss differs"
+    assert set(our_gradients) == set(gradients), "other parameters have gradients"
+    assert any(g.norm() > 0 for g in gradients.values()), "nothing has a gradient, so nothing was compared"
+    far = {name: error for name in gradients if not (error := apart(our_gradients[name], gradients[name])) <= tolerance}
+    assert not far, f"gradients differ: {far}"
 
 
 def assert_same_maths(overrides: Sequence[str], kernel_set: str, tolerance: float, batch: Any = None) -> PatchReport:
@@ -46,13 +72,7 @@ def assert_same_maths(overrides: Sequence[str], kernel_set: str, tolerance: floa
     runs.shake(plain.model)
     ours.model.load_state_dict(plain.model.state_dict())
     batch = batch or runs.batch_for(plain.model)
-    loss, gradients = loss_and_gradients(plain.model, batch)
-    our_loss, our_gradients = loss_and_gradients(ours.model, batch)
-    assert apart(our_loss, loss) <= tolerance, "the loss differs"
-    assert set(our_gradients) == set(gradients), "other parameters have gradients"
-    assert any(g.norm() > 0 for g in gradients.values()), "nothing has a gradient, so nothing was compared"
-    far = {name: error for name in gradients if not (error := apart(our_gradients[name], gradients[name])) <= tolerance}
-    assert not far, f"gradients differ: {far}"
+    assert_same_step(loss_and_gradients(ours.model, batch), loss_and_gradients(plain.model, batch), tolerance)
     return ours.patches
 
 

@@ -1,7 +1,8 @@
-"""Batches padded on the right, without an attention mask.
+"""Batches without an attention mask: padded on the right, or documents packed one behind the other.
 
 A causal query sees no key after its own, so it never sees a pad on its right, and what stands at the pads has no label.
-With a mask transformers would build a dense one of the whole batch, and attention would lose its fast kernels.
+Packed documents are told apart by their positions. With a mask transformers would build a dense one of the whole batch,
+and attention would lose its fast kernels.
 """
 
 from __future__ import annotations
@@ -10,20 +11,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ftcore_trainers._buckets import Buckets
+
 Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class WithoutMask:
-    """Takes the mask out of the batches of a collator that pads on the right, and counts its tokens."""
+    """Takes the mask out of the batches of a collator that pads on the right or packs, and counts its tokens."""
 
     collate: Callable[[Sequence[Any]], Batch]
+    buckets: Buckets | None = None
+    """Lengths that batches are filled up to."""
 
     def __call__(self, rows: Sequence[Any]) -> Batch:
         """Return the batch with `num_tokens`, the number of tokens that are no padding, for the mask."""
         batch = self.collate(rows)
-        batch["num_tokens"] = int(batch.pop("attention_mask").sum())
-        return batch
+        mask = batch.pop("attention_mask", None)
+        batch["num_tokens"] = batch["input_ids"].numel() if mask is None else int(mask.sum())
+        return batch if self.buckets is None else self.buckets.fill(batch)
 
 
 def causal(config: Any) -> bool:

@@ -8,6 +8,8 @@ import torch
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ftcore.memory import layers_that_choose
+from ftcore_trainers._buckets import Buckets, contexts
 from ftcore_trainers._collator import WithoutMask, causal
 from ftcore_trainers._fused_head import take_over
 from ftcore_trainers._lean_loop import LeanLoop
@@ -28,9 +30,13 @@ class FusedSFTTrainer(LeanLoop, SFTTrainer):
         plain = self.args.loss_type == "nll" and self.label_smoother is None and self.compute_loss_func is None
         self._loss_only = take_over(self) and plain
         self._sums = {"train": TokenSums(), "eval": TokenSums()}
-        ours = type(self.data_collator) is DataCollatorForLanguageModeling and not self.padding_free
+        ours = type(self.data_collator) is DataCollatorForLanguageModeling
         if self._loss_only and ours and causal(self.model.config):
-            self.data_collator = WithoutMask(self.data_collator)
+            recorded = min((layer.recorded for layer in layers_that_choose(self.model)), default=0)
+            self.data_collator = WithoutMask(
+                self.data_collator,
+                Buckets(recorded, self.data_collator.pad_token_id, contexts(self.model.config)) if recorded else None,
+            )
 
     def compute_loss(
         self,

@@ -26,7 +26,7 @@ class Config(TrainerConfig):
 def ftcore_trainer_spec() -> TrainerSpec:
     """Takes token ids and labels, which ftcore makes."""
     return TrainerSpec(
-        accepts=frozenset({Shape.MESSAGES, Shape.TEXT, Shape.PROMPT_COMPLETION}),
+        accepts=frozenset({Shape.MESSAGES, Shape.TEXT, Shape.PROMPT_COMPLETION, Shape.TOKENS}),
         tokenized=True,
         args="trl.trainer.sft_config:SFTConfig",
         owned=OWNED | {"assistant_only_loss", "completion_only_loss", "dataset_kwargs"},

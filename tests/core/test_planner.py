@@ -158,11 +158,15 @@ class Fake:
 
     choose: Any = None
     may_record: bool = True
+    away: bool = False
     followed: Any = "nobody"
 
     def levels(self, rows: int, length: int) -> list[Level]:
         tokens = rows * length
         return [Level(10 * tokens, 5.0 * tokens), Level(20 * tokens, 0.0)]
+
+    def moved(self, rows: int, length: int) -> int:
+        return 4 * rows * length if rows < 100 else 0
 
     def workspace(self, rows: int, length: int) -> int:
         return 7 * rows * length
@@ -185,6 +189,23 @@ def planned(budget: Callable[[Question], int]) -> tuple[Callable[[int, int], lis
     fakes = [Fake() for _ in range(3)]
     Planner(fakes, ask).attach()
     return lambda rows, length: [fake.choose(rows, length) for fake in fakes], asked, fakes
+
+
+@pytest.mark.parametrize(
+    ("free", "host", "rows", "levels", "away"),
+    [
+        (200, 10**6, 1, [1] * 10, False),  # everything fits as it is
+        (199, 10**6, 1, [1] * 10, True),  # seven inputs of 4 bytes more
+        (150, 10**6, 1, [0] * 3 + [1] * 7, True),  # 28 bytes more, two layers of them
+        (150, 39, 1, [0] * 5 + [1] * 5, False),  # the host has no room
+        (150 * 100, 10**6, 100, [0] * 5 + [1] * 5, False),  # the copies would take longer than the layers
+    ],
+)
+def test_inputs_wait_in_host_memory_where_not_everything_fits(free, host, rows, levels, away) -> None:
+    fakes = [Fake(away=not away) for _ in range(10)]
+    Planner(fakes, lambda *question: -1 if question[3] else free, lambda: host).attach()
+    assert [fake.choose(rows, 1) for fake in fakes] == levels
+    assert {fake.away for fake in fakes} == {away}
 
 
 def test_the_first_plan_stands_for_two_batches_and_the_second_for_good() -> None:
@@ -340,7 +361,8 @@ def test_auto_keeps_what_fits_on_a_gpu(monkeypatch, limited) -> None:
         # What a budget of 0 takes; then the same GPU with what is wanted on top.
         gpu = Gpu(monkeypatch, free=2**40)
         needed = 2**40 * (1 - memory.GIVEN_AWAY) - memory.budget(model, recomputers, rows, length, 8, False)
-        free = int((wanted + needed) / (1 if limited else 1 - memory.GIVEN_AWAY)) + 2
+        spare = memory.ROUNDED_UP if limited else 0
+        free = int((wanted + needed) / (1 if limited else 1 - memory.GIVEN_AWAY)) + spare + 2
         gpu = Gpu(monkeypatch, free=2**40 if limited else free)
         limit = {"memory_limit": free / 2**30} if limited else {}
         plan = replace(with_memory(plan, Memory.auto, **limit), device=gpu)

@@ -92,6 +92,9 @@ for activation, rank, down in (("silu", None, 64), ("silu", 64, 64), ("gelu_tanh
     lora_glu.lora_glu(gate_up, activation, more)
     below = down and (tensor(3, down), tensor(down, 14336)) or ()
     lora_glu.lora_glu_backward(tensor(3, 14336), gate_up, activation, more, *below)
+# Triton makes a constant of an argument of 1.
+lora_glu.lora_glu(tensor(3, 2), "silu", update(3, 2, 16, (0, 1)))
+lora_glu.lora_glu_backward(tensor(3, 1), tensor(3, 2), "silu", update(3, 2, 16, (0, 1)), tensor(3, 16), tensor(16, 1))
 lora_add.lora_add(tensor(3, 4096), tensor(3, 4096))
 lora_add.lora_add(tensor(3, 4096), tensor(3, 4096), tensor(3, 16), tensor(4096, 16))
 lora_add.lora_add(None, tensor(3, 100), tensor(3, 64), tensor(100, 64))
@@ -110,7 +113,7 @@ def state(number, scales=False, of=dtype):
     return AdamTensors(torch.zeros(number, dtype=of), torch.zeros(number, dtype=of), *moments, *absmax)
 adamw_8bit.adamw_8bit([state(4096, True), state(300, True), state(2048)], AdamUpdate(1, 0.1), torch.ones(()))
 adamw_8bit.adamw_8bit([state(4096, True, torch.float32)], AdamUpdate(1, 0.1))
-assert len(kernels) == 78 and all(kernel.asm["cubin"] for kernel in kernels), len(kernels)
+assert len(kernels) == 80 and all(kernel.asm["cubin"] for kernel in kernels), len(kernels)
 print(json.dumps([(kernel.name, kernel.metadata.shared) for kernel in kernels]))
 """
 

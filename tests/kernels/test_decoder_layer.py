@@ -6,89 +6,41 @@ so each test also says which of the two ran.
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import gc
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
+from decoders import (
+    DEVICE,
+    FAMILIES,
+    LEVELS,
+    SIZES,
+    adapt,
+    base,
+    batch,
+    build,
+    keep,
+    layers,
+    manual,
+    offered,
+    own_forwards,
+    pair,
+    patched,
+)
+from peft import LoraConfig
 
-from ftcore import Kernel, Requirement, Role
 from ftcore.device import Device
 from ftcore.patching import patch
 from ftcore.specs import Phase, Skip
 from ftcore.testing import maths, runs
-from ftcore_kernels.sets._ops import TRITON, kernels
 
 TOLERANCE = 1e-5
-LEVELS = 5
-SIZES = {
-    "vocab_size": 101,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "use_cache": False,  # as ftcore loads models: a cache is for generation
-}
-SEPARATE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """A family by the names of its classes, and how its layer departs from Llama's."""
-
-    name: str
-    traits: frozenset[str] = frozenset()
-    more: dict[str, Any] = field(default_factory=dict)
-    targets: tuple[str, ...] = tuple(SEPARATE)
-    config: str = "Config"
-
-    @property
-    def role(self) -> Role:
-        return Role("decoder_layer", f"{self.name}DecoderLayer", self.traits)
-
-
-GEMMA = frozenset({"unit_offset", "sandwich_norm", "sliding_window"})
-FAMILIES = {
-    "llama": Family("Llama"),
-    "llama with biases": Family("Llama", more={"attention_bias": True, "mlp_bias": True}),
-    "qwen3": Family("Qwen3", frozenset({"qk_norm"})),
-    "mistral": Family("Mistral", frozenset({"sliding_window"}), {"sliding_window": 5}),
-    "qwen2": Family("Qwen2", frozenset({"sliding_window"})),
-    "qwen2 with a window": Family(
-        "Qwen2",
-        frozenset({"sliding_window"}),
-        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-    ),
-    "gemma2": Family("Gemma2", GEMMA | {"attention_softcap"}, {"sliding_window": 5, "query_pre_attn_scalar": 24}),
-    "gemma3": Family("Gemma3", GEMMA | {"qk_norm"}, {"sliding_window": 5}, config="TextConfig"),
-    "phi3": Family(
-        "Phi3",
-        frozenset({"fused_projections", "sliding_window"}),
-        {"partial_rotary_factor": 0.5, "hidden_size": 64},
-        ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-    ),
-}
-
-
-@pytest.fixture(autouse=True)
-def _on_cpus_only():
-    """These models are computed on the CPU; on a GPU the steps' own tests and the contracts of the sets run."""
-    if torch.cuda.is_available():
-        pytest.skip("the models of this file are on the CPU")
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -96,68 +48,6 @@ def kernel_set(request) -> str:
     """For the cases that are also tried on Triton's steps."""
     maths.needs_triton(request.param)
     return request.param
-
-
-def build(family: str = "llama", device: torch.device | None = None, **more: Any) -> Any:
-    """A tiny model with random weights, none of them where it started."""
-    known = FAMILIES[family]
-    config = getattr(transformers, known.name + known.config)(**SIZES | known.more | more)
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{known.name}ForCausalLM")(config)
-    runs.shake(model)
-    return model.to(device or torch.device("cpu")).train()
-
-
-def adapt(model: Any, family: str = "llama", **lora: Any) -> Any:
-    """The model under LoRA, with B away from 0: A has no gradient otherwise."""
-    options = {"r": 8, "lora_alpha": 16, "target_modules": list(FAMILIES[family].targets), "lora_dropout": 0.0}
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options | lora))
-    runs.shake(model, trainable_only=True)
-    return model.train()
-
-
-def offered(kernel_set: str) -> list[Kernel]:
-    needs = {"triton": TRITON, "reference": Requirement()}[kernel_set]
-    return [kernel for kernel in kernels(kernel_set, needs) if kernel.role == "decoder_layer"]
-
-
-def patched(plain: Any, family: str = "llama", kernel_set: str = "reference") -> Any:
-    """A copy of the model whose layers are all claimed."""
-    ours = copy.deepcopy(plain)
-    report = patch(ours, [FAMILIES[family].role], offered(kernel_set), Device(), Phase.ADAPTED)
-    number = plain.config.num_hidden_layers
-    assert report.counts() == {("decoder_layer", f"{kernel_set}.decoder_layer"): number}
-    assert not report.skipped
-    return ours
-
-
-def pair(family: str = "llama", kernel_set: str = "reference", lora: Any = None, **more: Any) -> tuple[Any, Any]:
-    """The same model untouched and claimed, under LoRA unless `lora` is False."""
-    plain = build(family, **more)
-    if lora is not False:
-        plain = adapt(plain, family, **(lora or {}))
-    return plain, patched(plain, family, kernel_set)
-
-
-def base(model: Any) -> Any:
-    """The transformers model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def layers(model: Any) -> list[Any]:
-    return list(base(model).model.layers)
-
-
-def keep(model: Any, level: int) -> None:
-    for layer in layers(model):
-        layer.ftcore_recompute.choose = lambda rows, length: level
-
-
-def batch(rows: int = 3, length: int = 11) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 101, (rows, length), generator=torch.Generator().manual_seed(4))
-    labels = ids.clone()
-    labels[:, :2] = -100
-    return {"input_ids": ids, "labels": labels}
 
 
 def padded(side: str) -> dict[str, torch.Tensor]:
@@ -168,31 +58,6 @@ def padded(side: str) -> dict[str, torch.Tensor]:
     mask = mask if side == "right" else mask.flip(1)
     ids = data["input_ids"].where(mask == 1, 0)
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask == 1, -100)}
-
-
-@contextlib.contextmanager
-def own_forwards(model: Any) -> Iterator[list[str]]:
-    """The calls of the family's own forward of a layer, while this is open."""
-    cls, calls = type(layers(model)[0]), []
-    own: Callable[..., Any] = cls.forward
-
-    def counted(self, *args, **kwargs):
-        calls.append(cls.__name__)
-        return own(self, *args, **kwargs)
-
-    cls.forward = counted
-    try:
-        yield calls
-    finally:
-        cls.forward = own
-
-
-def manual(model: Any, data: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss and gradients, computed without the family's own forward."""
-    with own_forwards(model) as calls:
-        result = maths.loss_and_gradients(model, data)
-    assert not calls, "the layer fell back on the family's own forward"
-    return result
 
 
 def assert_same(plain: Any, found: tuple[torch.Tensor, dict[str, torch.Tensor]], data: dict[str, Any]) -> None:
@@ -359,6 +224,12 @@ def test_gradients_do_not_depend_on_what_is_kept_on_triton(family, levels) -> No
 
 def bytes_left(run: Callable[[], Any]) -> int:
     """What a function has allocated and not given back when it returns."""
+    if DEVICE.type == "cuda":
+        run()  # cuBLAS takes a workspace the first time
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        out = run()
+        return torch.cuda.memory_allocated() - before
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         out = run()
     del out
@@ -367,7 +238,7 @@ def bytes_left(run: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
 def test_each_level_keeps_what_it_says(family) -> None:
-    """Counted for 16-bit activations, and these have 32 bits; on CPUs attention leaves nothing but its output."""
+    """Counted for 16-bit activations, and these have 32 bits, whose attention leaves nothing but its output."""
     _, ours = pair(family)
     rows, length = 4, 64
     data = batch(rows, length)
@@ -392,8 +263,8 @@ def test_each_level_keeps_what_it_says(family) -> None:
 def inputs_of(model: Any, rows: int = 2, length: int = 7, contiguous: bool = True) -> tuple[torch.Tensor, Any]:
     config = model.config.get_text_config()
     hidden = torch.randn(length, rows, config.hidden_size).transpose(0, 1)
-    hidden = hidden.contiguous() if contiguous else hidden
-    tables = base(model).model.rotary_emb(hidden, torch.arange(length)[None])
+    hidden = (hidden.contiguous() if contiguous else hidden).to(DEVICE)
+    tables = base(model).model.rotary_emb(hidden, torch.arange(length, device=DEVICE)[None])
     return hidden.requires_grad_(), tables
 
 
@@ -403,8 +274,8 @@ def inputs_of(model: Any, rows: int = 2, length: int = 7, contiguous: bool = Tru
 def test_inputs_stay_as_they_were(family, lora, contiguous, kernel_set) -> None:
     plain, ours = pair(family, kernel_set, lora)
     hidden, tables = inputs_of(ours, contiguous=contiguous)
-    mask = torch.zeros(2, 1, 7, 7).masked_fill(torch.ones(7, 7).triu(1).bool(), -1e30)
-    dout = torch.randn(2, 7, hidden.shape[-1])
+    mask = torch.zeros(2, 1, 7, 7).masked_fill(torch.ones(7, 7).triu(1).bool(), -1e30).to(DEVICE)
+    dout = torch.randn(2, 7, hidden.shape[-1]).to(DEVICE)
     weights = {name: p.detach().clone() for name, p in ours.named_parameters()}
     given = [hidden, *tables, mask, dout]
     before = [x.detach().clone() for x in given]
@@ -584,7 +455,7 @@ def test_packed_rows(family) -> None:
     """Positions that start anew: every row has tables of its own, and transformers makes a mask of the documents."""
     plain, ours = pair(family)
     position_ids = torch.stack([torch.cat((torch.arange(n), torch.arange(11 - n))) for n in (4, 7, 11)])
-    data = batch() | {"position_ids": position_ids}
+    data = batch() | {"position_ids": position_ids.to(DEVICE)}
     assert_same(plain, manual(ours, data), data)
 
 
@@ -639,7 +510,7 @@ def test_gradients_of_embeddings() -> None:
     found = []
     for model in (plain, ours):
         drawn = torch.Generator().manual_seed(6)
-        embeddings = torch.randn(2, 6, SIZES["hidden_size"], generator=drawn).requires_grad_()
+        embeddings = torch.randn(2, 6, SIZES["hidden_size"], generator=drawn).to(DEVICE).requires_grad_()
         model(inputs_embeds=embeddings, labels=batch(2, 6)["labels"]).loss.backward()
         found.append(embeddings.grad)
     assert maths.apart(*found) <= TOLERANCE
@@ -647,7 +518,7 @@ def test_gradients_of_embeddings() -> None:
 
 def test_autocast_of_32_bit_weights_falls_back() -> None:
     plain, ours = pair(lora=False)
-    with torch.autocast("cpu", torch.bfloat16), own_forwards(ours) as calls:
+    with torch.autocast(DEVICE.type, torch.bfloat16), own_forwards(ours) as calls:
         found = maths.loss_and_gradients(ours, batch())
         wanted = maths.loss_and_gradients(plain, batch())
     assert len(calls) == 4
@@ -758,7 +629,7 @@ torch.save({"batch": batch, "loss": loss.detach(), "grads": gradients, "weights"
 
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a process that never imports ftcore computes."""
+    """What a process that never imports ftcore computes, on the CPU."""
     folder: Path = tmp_path_factory.mktemp("untouched")
     (folder / "untouched.py").write_text(UNTOUCHED, encoding="utf-8")
     torch.save({"sizes": SIZES}, folder / "sizes.pt")
@@ -771,7 +642,8 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_a_process_without_ftcore_computes_the_same(untouched, kernel_set) -> None:
     model = adapt(build("qwen3"), r=6, lora_alpha=9)
     model.load_state_dict(untouched["weights"])
-    loss, gradients = manual(patched(model, "qwen3", kernel_set), untouched["batch"])
+    data = {name: x.to(DEVICE) for name, x in untouched["batch"].items()}
+    loss, gradients = manual(patched(model, "qwen3", kernel_set), data)
     assert maths.apart(loss, untouched["loss"]) <= TOLERANCE
     assert set(gradients) == set(untouched["grads"])
     assert max(maths.apart(gradients[name], untouched["grads"][name]) for name in gradients) <= TOLERANCE

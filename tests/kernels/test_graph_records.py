@@ -1,4 +1,4 @@
-"""What records, flights and homes decide, with a stand-in for CUDA graphs that runs the launches again, on a CPU."""
+"""What records, flights and homes decide: on CUDA graphs, and on a CPU with a stand-in that launches once more."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoders import DEVICE
 
 import ftcore
 from ftcore_kernels.layers.decoder import attention, graphs
@@ -38,6 +39,8 @@ class Shared(graphs.Shared):
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE.type == "cuda":
+        return
     monkeypatch.setattr(graphs, "Shared", Shared)
     monkeypatch.setattr(graphs.Record, "_record", _record)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Again)
@@ -47,7 +50,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(records: bool) -> Any:
     torch.manual_seed(0)
-    model, _ = ftcore.load(["+model=qwen3", "model.tiny=true"])
+    model, _ = ftcore.load(["+model=qwen3", "model.tiny=true", "memory=off", "graphs=off"])  # `follow` below records
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -61,11 +64,11 @@ def load(records: bool) -> Any:
 
 def records(model: Any) -> set[int]:
     layers = [module.ftcore_recompute for module in model.modules() if hasattr(module, "ftcore_recompute")]
-    return {len(layer.graphs._records) for layer in layers}
+    return {len(layer.graphs._records) if layer.graphs else 0 for layer in layers}
 
 
 def batch(seed: int, rows: int = 2, length: int = 16) -> torch.Tensor:
-    return torch.randint(0, 250, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, 250, (rows, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def train(model: Any, shapes: list[tuple[int, int]], micro: int) -> list[torch.Tensor]:
@@ -92,6 +95,41 @@ def test_a_replay_equals_a_launch(micro: int) -> None:
     expected, found = train(load(False), shapes, micro), train(replayed, shapes, micro)
     assert records(replayed) == {2 if micro == 1 else 4}
     assert all(map(torch.equal, expected, found))
+
+
+class ByDocument(attention.Differentiated):
+    """In place of FlashAttention: what it does depends on offsets that are others in every batch."""
+
+    def __init__(self, scale: float, documents: attention.Documents) -> None:
+        super().__init__(self._attend)
+        self.scale, self.tables = scale, (documents.offsets,)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        token = torch.arange(q.shape[2])
+        own = torch.searchsorted(self.tables[0].long(), token, right=True)
+        seen = (own[:, None] == own) & (token[:, None] >= token)
+        options = {"attn_mask": seen, "scale": self.scale, "enable_gqa": True}
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="autograd's backward of this attention cannot be recorded")
+def test_packed_documents_are_others_in_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        attention.choice, "fused", lambda like, dim, scale, window, documents: ByDocument(scale, documents)
+    )
+    found: list[list[torch.Tensor]] = []
+    for replays in (False, True):
+        model, seen = load(replays), []
+        for step in range(8):
+            ids, cut = batch(step, 1, 24), 3 + 2 * step
+            where = torch.cat([torch.arange(length) for length in (cut, 24 - cut)])[None]
+            loss = model(input_ids=ids, labels=ids, position_ids=where).loss
+            loss.backward()
+            seen += [loss.detach(), *gradients(model)]
+        assert records(model) == ({1} if replays else {0})
+        found.append(seen)
+    assert all(map(torch.equal, *found))
+    assert not torch.equal(found[0][0], found[0][len(found[0]) // 2])
 
 
 def gradients(model: Any) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ftcore.testing import maths, runs
 from ftcore_kernels.layers import lm_head
 from ftcore_kernels.layers.lm_head_parts import logit_form
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1" else "cpu")
 SIZES = {
     "vocab_size": 101,
     "hidden_size": 32,
@@ -34,13 +36,6 @@ ROLE = Role("lm_head", "")
 IMPLEMENTATIONS = {"reference": lm_head.install_reference, "triton": lm_head.install_triton}
 
 
-@pytest.fixture(autouse=True)
-def _on_cpus_only():
-    """These models are computed on the CPU; on a GPU the ops' own tests and the contracts of the sets run."""
-    if torch.cuda.is_available():
-        pytest.skip("the models of this file are on the CPU")
-
-
 @pytest.fixture(params=["reference", "triton"])
 def install(request):
     if request.param == "triton":
@@ -53,12 +48,12 @@ def tiny(name: str = "Llama", **more) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     runs.shake(model)
-    return model.train()
+    return model.to(DEVICE).train()
 
 
 def batch(rows: int = 3, length: int = 9) -> dict[str, torch.Tensor]:
     """Rows with 0, 1, ... supervised tokens more than the one before."""
-    ids = torch.randint(1, 101, (rows, length), generator=torch.Generator().manual_seed(4))
+    ids = torch.randint(1, 101, (rows, length), generator=torch.Generator().manual_seed(4)).to(DEVICE)
     labels = ids.clone()
     for row in range(rows):
         labels[row, : length - 2 * row] = -100
@@ -124,7 +119,7 @@ def test_cap_and_scale_of_the_logits(install, name, more) -> None:
 
 def test_bias(install) -> None:
     plain = tiny()
-    plain.lm_head = nn.Linear(32, 101)
+    plain.lm_head = nn.Linear(32, 101).to(DEVICE)
     ours = copy.deepcopy(plain)
     install(ours, ROLE)
     assert_same(ours, plain, batch())
@@ -158,9 +153,11 @@ def test_any_split_in_micro_batches_is_the_same_step(install, split, mode) -> No
         out = ours(**dict(zip(data, part, strict=True)), num_items_in_batch=total, **mode)
         out.loss.backward()
         losses += out.loss.item()
-    assert losses == pytest.approx(loss.item(), rel=1e-6)
-    far = {n: maths.apart(p.grad, gradients[n]) for n, p in ours.named_parameters()}
-    assert max(far.values()) <= 1e-6, far
+    # On a GPU products of other sizes are other kernels, which add up in another order.
+    tolerance = 1e-6 if DEVICE.type == "cpu" else 1e-5
+    assert losses == pytest.approx(loss.item(), rel=tolerance)
+    far = {n: maths.apart(p.grad.cpu(), gradients[n]) for n, p in ours.named_parameters()}
+    assert max(far.values()) <= tolerance, far
 
 
 def test_logits_are_there_where_they_are_wanted(install) -> None:
@@ -194,7 +191,7 @@ def test_what_the_op_does_not_cover_is_the_class_s_own(install) -> None:
     ours.lm_head.register_forward_hook(lambda *_: None)
     assert ours(**data).logits is not None
     ours.lm_head._forward_hooks.clear()
-    ours.loss_function = lambda **_: torch.zeros(())
+    ours.loss_function = lambda **_: torch.zeros((), device=DEVICE)
     assert ours(**data).logits is not None
 
 
@@ -219,7 +216,7 @@ def test_answers_what_trl_s_head_answers(install, temperature, shifted) -> None:
     assert {f for f in vars(b) if getattr(b, f) is not None} == {f for f in vars(a) if getattr(a, f) is not None}
     for name in ("log_probs", "entropy", "is_top1", "label_mask", "loss"):
         torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-5, atol=1e-6, msg=name)
-    upstream = torch.randn(a.log_probs.shape, generator=torch.Generator().manual_seed(5))
+    upstream = torch.randn(a.log_probs.shape, generator=torch.Generator().manual_seed(5)).to(DEVICE)
     for model, out in ((ours, a), (theirs, b)):
         (out.log_probs * upstream).sum().backward()
         assert model.lm_head.weight.grad.norm() > 0
@@ -242,7 +239,7 @@ def test_autocast_computes_in_its_dtype(weights, mode) -> None:
     """The interpreter of Triton truncates to bf16, so only the reference is tried here."""
     plain, ours = pair(lm_head.install_reference)
     plain.to(weights), ours.to(weights)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         theirs, mine = plain(**batch()).loss, ours(**batch(), **mode).loss
     (theirs.backward(), mine.backward())
     assert maths.apart(mine.detach(), theirs.detach()) <= 2e-3

@@ -302,7 +302,7 @@ class _Turned(torch.autograd.Function):
         ctx.save_for_backward(qkv, q_weight, k_weight)
         ctx.rest = rest
         norm = HeadNorm(q_weight, k_weight, EPS, *CONVENTIONS[convention]) if convention else None
-        return reference.lora_rope(qkv, cos, sin, heads, update, norm)
+        return reference.lora_rope(qkv.clone(), cos, sin, heads, update, norm)
 
     @staticmethod
     def backward(ctx, dout):

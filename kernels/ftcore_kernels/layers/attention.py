@@ -2,7 +2,7 @@
 
 Follows `LlamaAttention.forward` and `Qwen3Attention.forward` of transformers 5 step by step; only the rotation
 differs. The attention itself stays transformers' attention interface, so every implementation and mask of the model
-works as before.
+works as before; only SDPA's masks are described, and made dense where no kernel takes the description.
 """
 
 from __future__ import annotations
@@ -63,13 +63,17 @@ def forward(
 
 def install_triton(module: nn.Module, role: Role) -> None:
     """Bind the Triton op."""
+    from ftcore_kernels.layers.decoder.attention import use
     from ftcore_kernels.ops.rope import rope
 
+    use(module)
     bind(module, forward, op=rope, qk_norm="qk_norm" in role.traits)
 
 
 def install_reference(module: nn.Module, role: Role) -> None:
     """Bind the plain PyTorch op."""
+    from ftcore_kernels.layers.decoder.attention import use
     from ftcore_kernels.reference.rope import rope
 
+    use(module)
     bind(module, forward, op=rope, qk_norm="qk_norm" in role.traits)

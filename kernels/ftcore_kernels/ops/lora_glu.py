@@ -28,7 +28,7 @@ _TOKENS, _COLUMNS, _STEPS = 16, 128, 8
 def lora_glu(gate_up: torch.Tensor, activation: Activation = "silu", update: Update | None = None) -> torch.Tensor:
     """Return `activation(gate) * up`, rounded once.
 
-    :param gate_up: `[M, 2 I]` contiguous: the gate's columns, then the other's. Not written to.
+    :param gate_up: `[M, 2 I]` with contiguous rows: the gate's columns, then the other's. Not written to.
     :param activation: `"silu"`, `"gelu_tanh"` or `"gelu"`.
     :param update: LoRA's part of both projections, or None.
     :returns: `[M, I]`.
@@ -53,7 +53,7 @@ def lora_glu_backward(
     """Overwrite `gate_up` with its gradient and `dout` with the activation.
 
     :param dout: `[M, I]` contiguous: the gradient of the activation, through the down projection's frozen weight.
-    :param gate_up: `[M, 2 I]` contiguous, what the forward was given.
+    :param gate_up: `[M, 2 I]` with contiguous rows, what the forward was given.
     :param update: What the forward was given.
     :param dxa: `[M, R]`: the gradient of the down projection's `x A^T`, or None without LoRA there.
     :param a: `[R, I]`: its A.
@@ -103,12 +103,12 @@ def _arguments(gate_up, activation, update):
         "ACTIVATION": activation, "TOKENS": _TOKENS, "COLUMNS": width_of_program, "STEPS": _STEPS,
     }  # fmt: skip
     grid = (triton.cdiv(tokens, _TOKENS * _STEPS) * triton.cdiv(width, width_of_program),)
-    return grid, (xa, xa.stride(0), b, tokens, width), constants
+    return grid, (gate_up.stride(0), xa, xa.stride(0), b, tokens, width), constants
 
 
 @triton.jit
 def _lora_glu_kernel(
-    gate_up_ptr, out_ptr, xa_ptr, xa_stride, b_ptr, tokens, width,
+    gate_up_ptr, out_ptr, gate_up_stride, xa_ptr, xa_stride, b_ptr, tokens, width,
     RANK: tl.constexpr, GATE_RANKS: tl.constexpr, UP_RANKS: tl.constexpr, ACTIVATION: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def _lora_glu_kernel(
     for step in range(STEPS):
         token = first + step * TOKENS + tl.arange(0, TOKENS)[:, None]
         mask = (token < tokens) & (column < width)
-        gate_at = token * (2 * width) + column
+        gate_at = token * gate_up_stride + column
         gate, up = _load(gate_up_ptr, gate_at, width, xa_ptr + token * xa_stride, gate_b, up_b, token < tokens, mask,
                          RANK, GATE_RANKS, UP_RANKS)  # fmt: skip
         activated, _ = _activate(gate, ACTIVATION)
@@ -127,7 +127,7 @@ def _lora_glu_kernel(
 
 @triton.jit
 def _lora_glu_back_kernel(
-    dout_ptr, gate_up_ptr, dxa_ptr, dxa_stride, a_ptr, xa_ptr, xa_stride, b_ptr, tokens, width,
+    dout_ptr, gate_up_ptr, dxa_ptr, dxa_stride, a_ptr, gate_up_stride, xa_ptr, xa_stride, b_ptr, tokens, width,
     RANK: tl.constexpr, GATE_RANKS: tl.constexpr, UP_RANKS: tl.constexpr, ACTIVATION: tl.constexpr,
     TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, DOWN_RANK: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +141,7 @@ def _lora_glu_back_kernel(
     for step in range(STEPS):
         token = first + step * TOKENS + tl.arange(0, TOKENS)[:, None]
         mask = (token < tokens) & (column < width)
-        gate_at, out_at = token * (2 * width) + column, token * width + column
+        gate_at, out_at = token * gate_up_stride + column, token * width + column
         dout = tl.load(dout_ptr + out_at, mask=mask, other=0.0).to(tl.float32)
         if DOWN_RANK:
             rank = tl.arange(0, DOWN_RANK)
@@ -170,7 +170,7 @@ def _factors(b_ptr, column, width, RANK: tl.constexpr):
     if RANK:
         at = column * RANK + tl.arange(0, RANK)[:, None]
         gate_b = tl.load(b_ptr + at, mask=column < width, other=0.0)
-        up_b = tl.load(b_ptr + at + width.to(tl.int64) * RANK, mask=column < width, other=0.0)
+        up_b = tl.load(b_ptr + at + tl.cast(width, tl.int64) * RANK, mask=column < width, other=0.0)
     return gate_b, up_b
 
 

@@ -23,7 +23,12 @@ _SEGMENTS, _SUMMED = 3, 64
 
 
 def lora_grads(
-    dy: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, widths: Sequence[int], scales: Sequence[float]
+    dy: torch.Tensor,
+    xa: torch.Tensor,
+    b: torch.Tensor,
+    widths: Sequence[int],
+    scales: Sequence[float],
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of `xa` and of B, where `y = xa @ b.T` and `b = scale * B` per segment of columns.
 
@@ -32,6 +37,7 @@ def lora_grads(
     :param b: `[N, R]` contiguous: the segments one under the other.
     :param widths: Columns of `dy` in each of at most three segments; they add up to N.
     :param scales: Of each segment.
+    :param out: Memory for the gradient of `xa`, with contiguous rows; may be that of `xa`.
     :returns: `[M, P R]` in the dtype of `dy`, and `[N, R]` fp32.
     """
     _launch.check(dy=dy, xa=xa, b=b)
@@ -39,14 +45,14 @@ def lora_grads(
         raise ValueError(f"segments {tuple(widths)} do not fit dy {tuple(dy.shape)} and xa {tuple(xa.shape)}")
     (tokens, width), rank = dy.shape, b.shape[1]
     if not dy.numel():
-        return reference.lora_grads(dy, xa, b, widths, scales)
+        return reference.lora_grads(dy, xa, b, widths, scales, out)
     columns, stages = _tile(rank, dy)
     blocks = [triton.cdiv(segment, columns) for segment in widths]
     walk = _walk(tokens, sum(blocks), _launch.processors(dy.device))
     walks = triton.cdiv(tokens, walk)
     dxa_parts = torch.empty((sum(blocks), tokens, rank), dtype=torch.float32, device=dy.device)
     db_parts = torch.empty((walks, width, rank), dtype=torch.float32, device=dy.device)
-    dxa = torch.empty(xa.shape, dtype=dy.dtype, device=dy.device)
+    dxa = torch.empty(xa.shape, dtype=dy.dtype, device=dy.device) if out is None else out
     db = torch.empty((width, rank), dtype=torch.float32, device=dy.device)
     segments, factors = (*widths, 0, 0)[:_SEGMENTS], (*map(float, scales), 1.0, 1.0)[:_SEGMENTS]
     rows = triton.cdiv(tokens, _SUMMED) * len(widths)
@@ -56,7 +62,7 @@ def lora_grads(
             RANK=rank, COLUMNS=columns, ROWS=_ROWS, WALK=walk, num_warps=4, num_stages=stages,
         )  # fmt: skip
         _lora_sums_kernel[(rows + triton.cdiv(width, _SUMMED),)](
-            dxa_parts, dxa, db_parts, db, tokens, width, walks, *segments, *factors,
+            dxa_parts, dxa, dxa.stride(0), db_parts, db, tokens, width, walks, *segments, *factors,
             RANK=rank, COLUMNS=columns, SEGMENTS=len(widths), ROWS=_SUMMED, num_warps=4,
         )  # fmt: skip
     return dxa, db
@@ -111,7 +117,7 @@ def _lora_grads_kernel(
 
 @triton.jit
 def _lora_sums_kernel(
-    dxa_parts_ptr, dxa_ptr, db_parts_ptr, db_ptr, tokens, width, walks,
+    dxa_parts_ptr, dxa_ptr, dxa_stride, db_parts_ptr, db_ptr, tokens, width, walks,
     first_width, second_width, third_width, first_scale, second_scale, third_scale,
     RANK: tl.constexpr, COLUMNS: tl.constexpr, SEGMENTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +136,7 @@ def _lora_sums_kernel(
         for block in range(blocks):
             at = ((start + block) * tokens + row[:, None]) * RANK + rank[None, :]
             total += tl.load(dxa_parts_ptr + at, mask=mask, other=0.0)
-        tl.store(dxa_ptr + row[:, None] * (SEGMENTS * RANK) + segment * RANK + rank[None, :], total, mask=mask)
+        tl.store(dxa_ptr + row[:, None] * dxa_stride + segment * RANK + rank[None, :], total, mask=mask)
     else:
         row = (program - summed_rows) * ROWS + tl.arange(0, ROWS)
         mask = (row < width)[:, None]

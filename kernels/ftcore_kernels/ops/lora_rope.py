@@ -31,7 +31,7 @@ def lora_rope(
 ) -> torch.Tensor:
     """Add the low-rank update, normalise query and key heads, and rotate them.
 
-    :param qkv: `[M, (Hq + 2 Hkv) D]` contiguous rows of M = B S tokens. Overwritten and returned if there is no `norm`.
+    :param qkv: `[M, (Hq + 2 Hkv) D]` with contiguous rows, M = B S. Overwritten and returned if there is no `norm`.
     :param cos: `[B or 1, S, Dr]`, Dr even and at most D, fp16, bf16 or fp32.
     :param sin: As `cos`.
     :param heads: Their numbers and their width D.
@@ -40,11 +40,11 @@ def lora_rope(
     :returns: `[M, (Hq + 2 Hkv) D]`: rotated queries, rotated keys, values.
     """
     _launch.check(qkv=qkv, cos=cos, sin=sin)
-    out = qkv if norm is None else torch.empty_like(qkv)
+    out = qkv if norm is None else qkv.new_empty(qkv.shape)
     if qkv.numel():
         grid, arguments, constants = _arguments(qkv, cos, sin, heads, update, norm)
         with torch.cuda.device_of(qkv):
-            _lora_rope_kernel[grid](qkv, out, *arguments, **constants)
+            _lora_rope_kernel[grid](qkv, qkv.stride(0), out, out.stride(0), *arguments, **constants)
     return out
 
 
@@ -59,6 +59,7 @@ def lora_rope_backward(
     update: Update | None = None,
     norm: HeadNorm | None = None,
     weight_grads: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return the gradient of the fused product's output, and those of the norm's weights.
 
@@ -67,12 +68,13 @@ def lora_rope_backward(
     :param dv: `[B, Hkv, S, D]`.
     :param qkv: With a norm, what the forward was given; not needed otherwise.
     :param weight_grads: Whether the norm's weights are trained.
+    :param out: Memory for the first result, with contiguous rows.
     :returns: `[M, (Hq + 2 Hkv) D]`, and two `[D]` fp32 or None.
     """
     dq, dk, dv = (_launch.last_contiguous(tensor) for tensor in (dq, dk, dv))
     _launch.check(dq=dq, dk=dk, dv=dv)
     batch, _, length, dim = dq.shape
-    dqkv = dq.new_empty((batch * length, (heads.q + 2 * heads.kv) * dim))
+    dqkv = dq.new_empty((batch * length, (heads.q + 2 * heads.kv) * dim)) if out is None else out
     partial = dq.new_empty((0,), dtype=torch.float32)
     if not dqkv.numel():
         zeros = [dq.new_zeros((dim,), dtype=torch.float32) if weight_grads else None for _ in range(2)]
@@ -83,7 +85,8 @@ def lora_rope_backward(
     with torch.cuda.device_of(dq):
         _lora_rope_back_kernel[grid](
             dq, *dq.stride()[:3], dk, *dk.stride()[:3], dv, *dv.stride()[:3], partial,
-            dqkv if qkv is None else qkv, dqkv, *arguments, **constants, WEIGHT_GRADS=weight_grads,
+            dqkv if qkv is None else qkv, 0 if qkv is None else qkv.stride(0), dqkv, dqkv.stride(0), *arguments,
+            **constants, WEIGHT_GRADS=weight_grads,
         )  # fmt: skip
     if not weight_grads:
         return dqkv, None, None
@@ -120,7 +123,7 @@ def _arguments(qkv, cos, sin, heads, update, norm):
 
 @triton.jit
 def _lora_rope_kernel(
-    qkv_ptr, out_ptr,
+    qkv_ptr, qkv_stride, out_ptr, out_stride,
     cos_ptr, cos_batch_stride, cos_token_stride, sin_ptr, sin_batch_stride, sin_token_stride,
     xa_ptr, xa_stride, b_ptr, q_weight_ptr, k_weight_ptr, tokens, length, q_heads, kv_heads, dim, pairs, eps, offset,
     RANK: tl.constexpr, Q_RANKS: tl.constexpr, K_RANKS: tl.constexpr, V_RANKS: tl.constexpr, NORM: tl.constexpr,
@@ -130,9 +133,8 @@ def _lora_rope_kernel(
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1).to(tl.int64)
     mask = (token < tokens)[:, None]
-    width = (q_heads + 2 * kv_heads) * dim
-    source = qkv_ptr + token[:, None] * width + head * dim
-    target = out_ptr + token[:, None] * width + head * dim
+    source = qkv_ptr + token[:, None] * qkv_stride + head * dim
+    target = out_ptr + token[:, None] * out_stride + head * dim
     ranks = Q_RANKS if head < q_heads else (K_RANKS if head < q_heads + kv_heads else V_RANKS)
     xa_ptr += token[:, None] * xa_stride + ranks * RANK
     b_ptr += head * dim * RANK
@@ -159,7 +161,7 @@ def _lora_rope_back_kernel(
     dq_ptr, dq_batch_stride, dq_head_stride, dq_token_stride,
     dk_ptr, dk_batch_stride, dk_head_stride, dk_token_stride,
     dv_ptr, dv_batch_stride, dv_head_stride, dv_token_stride, partial_ptr,
-    qkv_ptr, out_ptr,
+    qkv_ptr, qkv_stride, out_ptr, out_stride,
     cos_ptr, cos_batch_stride, cos_token_stride, sin_ptr, sin_batch_stride, sin_token_stride,
     xa_ptr, xa_stride, b_ptr, q_weight_ptr, k_weight_ptr, tokens, length, q_heads, kv_heads, dim, pairs, eps, offset,
     RANK: tl.constexpr, Q_RANKS: tl.constexpr, K_RANKS: tl.constexpr, V_RANKS: tl.constexpr, NORM: tl.constexpr,
@@ -180,8 +182,7 @@ def _lora_rope_back_kernel(
         inner = head - q_heads - kv_heads
         source = dv_ptr + batch * dv_batch_stride + inner * dv_head_stride + position * dv_token_stride
     a, b, rest = _load_head(source, xa_ptr, b_ptr, mask, dim, pairs, 0, PAIR_BLOCK, REST_BLOCK)
-    width = (q_heads + 2 * kv_heads) * dim
-    target = out_ptr + token[:, None] * width + head * dim
+    target = out_ptr + token[:, None] * out_stride + head * dim
     if head < q_heads + kv_heads:
         cos_a, cos_b = _angles(cos_ptr, cos_batch_stride, cos_token_stride, token, tokens, length, pairs, PAIR_BLOCK)
         sin_a, sin_b = _angles(sin_ptr, sin_batch_stride, sin_token_stride, token, tokens, length, pairs, PAIR_BLOCK)
@@ -189,7 +190,7 @@ def _lora_rope_back_kernel(
         if NORM:
             ranks = Q_RANKS if head < q_heads else K_RANKS
             raw_a, raw_b, raw_rest = _load_head(
-                qkv_ptr + token[:, None] * width + head * dim, xa_ptr + token[:, None] * xa_stride + ranks * RANK,
+                qkv_ptr + token[:, None] * qkv_stride + head * dim, xa_ptr + token[:, None] * xa_stride + ranks * RANK,
                 b_ptr + head * dim * RANK, mask, dim, pairs, RANK, PAIR_BLOCK, REST_BLOCK,
             )  # fmt: skip
             rstd = _rstd(raw_a, raw_b, raw_rest, dim, eps, REST_BLOCK)

@@ -8,7 +8,12 @@ from ftcore_kernels.reference._precision import widen
 
 
 def lora_grads(
-    dy: torch.Tensor, xa: torch.Tensor, b: torch.Tensor, widths: Sequence[int], scales: Sequence[float]
+    dy: torch.Tensor,
+    xa: torch.Tensor,
+    b: torch.Tensor,
+    widths: Sequence[int],
+    scales: Sequence[float],
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of `xa` and of B, where `y = xa @ b.T` and `b = scale * B` per segment of columns.
 
@@ -17,6 +22,7 @@ def lora_grads(
     :param b: `[N, R]`: the segments one under the other.
     :param widths: Columns of `dy` in each segment; they add up to N.
     :param scales: Of each segment.
+    :param out: Memory for the gradient of `xa`; may be that of `xa`.
     :returns: `[M, P R]` in the dtype of `dy`, and `[N, R]` fp32 (fp64 for fp64).
     """
     rank, first = b.shape[1], 0
@@ -26,4 +32,5 @@ def lora_grads(
         dxa.append(part @ rows)
         db.append(part.T @ widen(xa[:, index * rank : (index + 1) * rank]) * scale)
         first += width
-    return torch.cat(dxa, dim=1).to(dy.dtype), torch.cat(db)
+    found = torch.cat(dxa, dim=1).to(dy.dtype)
+    return found if out is None else out.copy_(found), torch.cat(db)

@@ -48,7 +48,7 @@ def lora_rope(
 ) -> torch.Tensor:
     """Add the low-rank update, normalise query and key heads, and rotate them.
 
-    :param qkv: `[M, (Hq + 2 Hkv) D]` of M = B S tokens.
+    :param qkv: `[M, (Hq + 2 Hkv) D]` of M = B S tokens. Overwritten and returned if there is no `norm`.
     :param cos: `[B or 1, S, Dr]`.
     :param sin: As `cos`.
     :param heads: Their numbers and their width D.
@@ -60,7 +60,8 @@ def lora_rope(
     if norm is not None:
         q, k = (_normed(x, weight, norm, qkv.dtype) for x, weight in ((q, norm.q_weight), (k, norm.k_weight)))
     parts = [_rotate(q, cos, sin), _rotate(k, cos, sin), v]
-    return torch.cat([part.flatten(1) for part in parts], dim=1).to(qkv.dtype)
+    out = torch.cat([part.flatten(1) for part in parts], dim=1).to(qkv.dtype)
+    return out if norm is not None else qkv.copy_(out)
 
 
 def lora_rope_backward(
@@ -74,6 +75,7 @@ def lora_rope_backward(
     update: Update | None = None,
     norm: HeadNorm | None = None,
     weight_grads: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Return the gradient of the fused product's output, and those of the norm's weights.
 
@@ -82,6 +84,7 @@ def lora_rope_backward(
     :param dv: `[B, Hkv, S, D]`.
     :param qkv: With a norm, what the forward was given; not needed otherwise.
     :param weight_grads: Whether the norm's weights are trained.
+    :param out: Memory for the first result.
     :returns: `[M, (Hq + 2 Hkv) D]`, and two `[D]` or None.
     """
     q, k, v = (widen(x).transpose(1, 2).flatten(0, 1) for x in (dq, dk, dv))
@@ -95,7 +98,7 @@ def lora_rope_backward(
         k, dk_weight = _norm_backward(k, raw_k, norm.k_weight, norm)
         grads = [dq_weight, dk_weight] if weight_grads else grads
     dqkv = torch.cat([part.flatten(1) for part in (q, k, v)], dim=1).to(dq.dtype)
-    return dqkv, grads[0], grads[1]
+    return dqkv if out is None else out.copy_(dqkv), grads[0], grads[1]
 
 
 def updated(base: torch.Tensor, widths: tuple[int, ...], update: Update | None) -> torch.Tensor:

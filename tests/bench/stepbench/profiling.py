@@ -8,7 +8,7 @@ from typing import Any
 
 from stepbench.works import Work
 
-TOP = 25
+TOP = 80
 DIGEST = 12
 
 

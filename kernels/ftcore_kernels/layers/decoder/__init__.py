@@ -16,10 +16,11 @@ from torch import nn
 
 from ftcore import Plan, Role, bind
 from ftcore.report import note
+from ftcore_kernels.layers.decoder.attention import Mask, reading, use
 from ftcore_kernels.layers.decoder.function import run, trained
 from ftcore_kernels.layers.decoder.keep import Keep
-from ftcore_kernels.layers.decoder.linear import Uncovered
 from ftcore_kernels.layers.decoder.recompute import Recompute
+from ftcore_kernels.layers.decoder.sources import Uncovered
 from ftcore_kernels.layers.decoder.steps import Ops
 from ftcore_kernels.layers.decoder.structure import ACTIVATIONS, Structure, activation_name
 
@@ -30,21 +31,24 @@ def forward(
     *,
     structure: Structure,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: Mask | torch.Tensor | None = None,
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """hidden_states `[B, S, H]` -> the same shape and dtype."""
     recompute: Recompute = module.ftcore_recompute
     keep = recompute.keep(hidden_states)
-    graphs, key, kind = None, (), (getattr(module.self_attn, "layer_type", None),)
-    plain = attention_mask is None and past_key_values is None and not kwargs.get("output_attentions")
-    if position_embeddings is not None and plain:
-        graphs = recompute.recording(hidden_states) if module.training and torch.is_grad_enabled() else None
-    if graphs is not None and position_embeddings is not None:
+    graphs, key, kind, tables = None, (), (getattr(module.self_attn, "layer_type", None),), ()
+    plain = past_key_values is None and position_embeddings is not None and not kwargs.get("output_attentions")
+    if plain and module.training and torch.is_grad_enabled():
+        graphs = recompute.recording(hidden_states)
+    if graphs is not None and (read := reading(attention_mask)).complete:
+        documents = read.documents
+        tables = (*position_embeddings, *(() if documents is None else documents.tables))
         key = (hidden_states.shape, hidden_states.dtype, hidden_states.requires_grad, keep, structure.state(module))
+        key = (*key, None if documents is None else documents.bucket)
         if (record := graphs.ready(key)) is not None:
-            return graphs.replay(record, hidden_states, position_embeddings, kind)
+            return graphs.replay(record, hidden_states, tables, kind)
     try:
         if past_key_values is not None or position_embeddings is None or kwargs.get("output_attentions"):
             raise Uncovered("a cache, no tables of angles, or attention weights asked for")
@@ -61,10 +65,10 @@ def forward(
             past_key_values=past_key_values,
         )
         return _own(module, hidden_states, keep, whole)
-    if graphs is not None and layer.attention.recordable and trained(layer) and graphs.due(key):
+    if graphs is not None and tables and layer.attention.recordable and trained(layer) and graphs.due(key):
         record = graphs.record(key, layer, keep, kind, hidden_states.requires_grad)
-        return graphs.replay(record, hidden_states, position_embeddings, kind)
-    return run(layer, hidden_states, keep)
+        return graphs.replay(record, hidden_states, tables, kind)
+    return run(layer, hidden_states, keep, recompute.host(hidden_states))
 
 
 @functools.cache
@@ -132,6 +136,7 @@ def _install(module: Any, role: Role, package: str) -> None:
     module.ftcore_recompute = Recompute(
         structure.groups(module), module.self_attn.head_dim, "sandwich_norm" in role.traits
     )
+    use(module.self_attn, structure.softcap(module.self_attn))
     bind(module, forward, structure=structure)
 
 

@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from ftcore_kernels.layers.decoder import steps
 from ftcore_kernels.layers.decoder.function import trained
+from ftcore_kernels.layers.decoder.gradients import Gradients
 from ftcore_kernels.layers.decoder.keep import Keep
-from ftcore_kernels.layers.decoder.linear import Gradients, pack
+from ftcore_kernels.layers.decoder.packing import pack
 from ftcore_kernels.layers.decoder.steps import Kept, Layer
 
 SEEN_BEFORE = 2
@@ -29,11 +30,11 @@ SHAPES = 8
 """Recorded shapes of a layer; every further one runs as usual."""
 
 Key = tuple[Any, ...]
-Tables = tuple[torch.Tensor, torch.Tensor]
+Tables = tuple[torch.Tensor, ...]
 
 
 class Shared:
-    """What the layers of a model share: memory, a stream to record on, tables of angles, gradients going down."""
+    """What the layers of a model share: memory, a stream to record on, tables of the batch, gradients going down."""
 
     def __init__(self, device: torch.device) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -43,19 +44,19 @@ class Shared:
             some = torch.zeros((8, 8), dtype=torch.bfloat16, device=device)
             torch.mm(some, some)
         torch.cuda.current_stream(device).wait_stream(self.stream)
-        self._tables: dict[Key, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[Key, Tables] = {}
         self._sources: dict[Key, torch.Tensor] = {}
         self._down: dict[Key, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def tables(self, key: Key, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The recorded place of the tables, with this batch's in it."""
-        key = (*key, cos.shape, cos.dtype)
+    def tables(self, key: Key, *tables: torch.Tensor) -> Tables:
+        """The recorded place of the tables of angles and of attention's own, with this batch's in it."""
+        key = (*key, *((table.shape, table.dtype) for table in tables))
         if key not in self._tables:
-            self._tables[key] = cos.clone(), sin.clone()
-        elif self._sources[key] is not cos:  # the first layer of a batch copies for all
-            self._tables[key][0].copy_(cos)
-            self._tables[key][1].copy_(sin)
-        self._sources[key] = cos
+            self._tables[key] = tuple(table.clone() for table in tables)
+        elif self._sources[key] is not tables[0]:  # the first layer of a batch copies for all
+            for place, table in zip(self._tables[key], tables, strict=True):
+                place.copy_(table)
+        self._sources[key] = tables[0]
         return self._tables[key]
 
     def down(self, like: torch.Tensor, index: int) -> torch.Tensor:
@@ -105,6 +106,8 @@ class Record:
             self._record(self._forward, self._steps_forward)
         elif self.entry.data_ptr() != hidden.data_ptr():
             self.entry.copy_(hidden)
+        for fused in self.layer.fused:
+            fused.claim_border()  # the replay writes it
         self._forward.replay()
         assert self.out is not None
         return self.out.detach()
@@ -129,6 +132,8 @@ class Record:
                     self._homes[parameter] = torch.empty_like(parameter)
             self._into = self.shared.down(dout, self.index)
             self._record(self._backward, self._steps_backward)
+        for fused in self.layer.fused:
+            fused.put_border()
         self._backward.replay()
         found = [self.dx, *self.grads]
         return [None if grad is None else grad.detach() for grad in found]
@@ -137,7 +142,7 @@ class Record:
         assert self.entry is not None
         pack(self.layer.fused, self.entry.dtype)
         out, kept = steps.forward(self.layer, self.entry.view(-1, self.entry.shape[-1]))
-        kept.reduce(self.keep, self.layer.head_norm is not None)
+        kept.reduce(self.keep, self.layer)
         self.out, self._kept = out.view(self.entry.shape), kept
 
     def _steps_backward(self) -> None:
@@ -203,7 +208,8 @@ class Graphs:
         if not self._made:
             self._made.append(Shared(layer.cos.device))
         shared = self._made[0]
-        layer.cos, layer.sin = shared.tables(kind, layer.cos, layer.sin)
+        layer.cos, layer.sin, *more = shared.tables(kind, layer.cos, layer.sin, *layer.attention.tables)
+        layer.attention.tables = tuple(more)
         record = self._records[key] = Record(layer, keep, shared, self._index, self._homes, dx_wanted)
         return record
 

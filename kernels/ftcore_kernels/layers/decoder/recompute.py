@@ -9,14 +9,20 @@ import torch
 
 from ftcore.specs import Level
 from ftcore_kernels.layers.decoder.graphs import Graphs
+from ftcore_kernels.layers.decoder.host import Host, host_of
 from ftcore_kernels.layers.decoder.keep import Keep
-from ftcore_kernels.layers.decoder.linear import is_nf4
+from ftcore_kernels.layers.decoder.linear import border_for
+from ftcore_kernels.layers.decoder.sources import is_nf4
 
 LAUNCH_BOUND = 2e12
 """Floating-point operations of a layer's forward below which launches are recorded.
 
 On an H100 that is 4096 tokens of an 8B model. At twice as many, recording them gained nothing that could be measured.
 """
+
+WORK_OF_A_BYTE = 30_000
+"""Floating-point operations in the time that a byte takes to host memory: 600 TFLOP/s against 20 GB/s, while an H100
+has 25 to 50 GB/s; slower GPUs have more time."""
 
 
 class Recompute:
@@ -25,10 +31,13 @@ class Recompute:
     def __init__(self, groups: Sequence[Sequence[Any]], head_dim: int, sandwich: bool) -> None:
         self.choose: Callable[[int, int], int] | None = None
         self.may_record = True
+        self.away = False
         self.graphs: Graphs | None = None
         bases = [[getattr(linear, "base_layer", linear) for linear in group] for group in groups]
         self._hidden, self._attended = bases[0][0].in_features, bases[1][0].in_features
         self._qkv, self._gate_up = (sum(base.out_features for base in bases[index]) for index in (0, 2))
+        self._borders = border_for(groups[0]), border_for(groups[2])
+        """Columns beside the query-key-value and the gate-and-up product."""
         self._heads = self._attended // head_dim
         self._sandwich = sandwich
         self._quantized = is_nf4(bases[0][0])
@@ -40,8 +49,13 @@ class Recompute:
 
     def recording(self, hidden: torch.Tensor) -> Graphs | None:
         """Where the launches of a batch `[B, S, H]` are recorded, if its kernels are short enough for that to pay."""
-        work = 2 * hidden.shape[0] * hidden.shape[1] * self._hidden * (self._qkv + self._attended + 1.5 * self._gate_up)
-        return self.graphs if work < LAUNCH_BOUND and self.may_record else None
+        return self.graphs if hidden.shape[0] * hidden.shape[1] < self.recorded else None
+
+    @property
+    def recorded(self) -> float:
+        """Batches of fewer tokens have their launches recorded."""
+        token = 2 * self._hidden * (self._qkv + self._attended + 1.5 * self._gate_up)
+        return LAUNCH_BOUND / token if self.graphs is not None and self.may_record else 0
 
     def keep(self, hidden: torch.Tensor) -> Keep:
         """What to keep of a forward pass over `[B, S, H]`."""
@@ -49,11 +63,22 @@ class Recompute:
             return Keep.ALL
         return Keep(1 + self.choose(hidden.shape[0], hidden.shape[1]))
 
+    def host(self, hidden: torch.Tensor) -> Host | None:
+        """Where the input waits for the backward, if not on the GPU."""
+        return host_of(hidden.device) if self.away and torch.is_grad_enabled() else None
+
+    def moved(self, rows: int, length: int) -> int:
+        """Bytes of the input, where a copy is over before the layer is; 0 where it is not."""
+        size = 2 * rows * length * self._hidden
+        work = rows * length * (2 * self._hidden * (self._qkv + self._attended + 1.5 * self._gate_up))
+        return size if work >= WORK_OF_A_BYTE * size else 0
+
     def levels(self, rows: int, length: int) -> Sequence[Level]:
         """One for each member of :class:`Keep`, in its order, for 16-bit activations."""
         tokens = rows * length
         attended = 2 * self._attended + 4 * self._heads
-        widths = [2 * self._hidden, attended, 2 * self._hidden, 2 * self._qkv, 2 * self._gate_up]
+        qkv, gate_up = self._qkv + self._borders[0], self._gate_up + self._borders[1]
+        widths = [2 * self._hidden, attended, 2 * self._hidden, 2 * qkv, 2 * gate_up]
         if self._sandwich:
             widths[4] += 4 * self._hidden  # the inputs of the two norms after attention and MLP
         products = [

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from ftcore_kernels.layers.decoder.attention import Attention
+from ftcore_kernels.layers.decoder.dense import Dense
+from ftcore_kernels.layers.decoder.gradients import Gradients
 from ftcore_kernels.layers.decoder.keep import Keep
-from ftcore_kernels.layers.decoder.linear import Dense, Fused, Gradients
+from ftcore_kernels.layers.decoder.linear import Fused
 from ftcore_kernels.reference.lora_glu import Activation
 from ftcore_kernels.reference.lora_rope import HeadNorm, Heads
 from ftcore_kernels.reference.norm_steps import Norm
@@ -72,9 +74,13 @@ class Layer:
 
 @dataclass(slots=True)
 class Kept:
-    """What the forward leaves for the backward; None is computed again. The rows of `x A^T` are always kept."""
+    """What the forward leaves for the backward; None is computed again.
 
-    x: torch.Tensor
+    The rows of `x A^T` are always kept, except where they are columns of a buffer that is not: they come again with it.
+    """
+
+    x: Any
+    """`[M, H]`; None while it is in host memory."""
     input_rstd: torch.Tensor | None = None
     qkv_xa: torch.Tensor | None = None
     raw_qkv: torch.Tensor | None = None
@@ -100,13 +106,17 @@ class Kept:
     """`[M, H]` before the norm after the MLP, where there is one."""
     lowered_rstd: torch.Tensor | None = None
 
-    def reduce(self, keep: Keep, head_norm: bool) -> None:
+    def reduce(self, keep: Keep, layer: Layer) -> None:
         """Drop what `keep` does not keep."""
         if keep < Keep.ALL:
             self.gate_up = self.projected = self.lowered = None
+            if layer.gate_up.border:
+                self.gate_up_xa = None
         if keep < Keep.QKV:
             self.raw_qkv = self.qkv = None
-        elif head_norm:
+            if layer.qkv.border:
+                self.qkv_xa = None
+        elif layer.head_norm is not None:
             self.qkv = None  # made again from the raw one in a pass over it
         if keep < Keep.MIDDLE:
             self.middle = None
@@ -118,29 +128,19 @@ def forward(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, Kept]:
     """The layer's output `[M, H]`, and everything that a backward could want."""
     ops, dense, kept = layer.ops, Dense(layer.ops), Kept(x)
     normed, kept.input_rstd = ops.norm(x, layer.input_norm)
-    kept.qkv_xa = layer.qkv.shrink(normed)
     _project_heads(layer, kept, normed, dense)
     del normed
     _attend(layer, kept)
-    assert kept.attended is not None
-    kept.out_xa = layer.out.shrink(kept.attended.view(x.shape[0], -1))
     normed = _to_middle(layer, kept, dense)
-    kept.gate_up_xa = layer.gate_up.shrink(normed)
     _gate_up(layer, kept, normed, dense)
     del normed
     activation = ops.lora_glu(kept.gate_up, layer.activation, layer.gate_up.update(kept.gate_up_xa, segments=2))
-    kept.down_xa = layer.down.shrink(activation)
     out = _lower(layer, kept, activation, dense)
     return out, kept
 
 
-def _product(fused: Fused, x: torch.Tensor, xa: torch.Tensor | None, dense: Dense) -> torch.Tensor:
-    """The product behind which a kernel adds LoRA's part, where it can."""
-    return fused.product(x, dense, None if fused.in_kernel(xa) else xa)
-
-
 def _project_heads(layer: Layer, kept: Kept, normed: torch.Tensor, dense: Dense) -> None:
-    kept.raw_qkv = _product(layer.qkv, normed, kept.qkv_xa, dense)
+    kept.raw_qkv, kept.qkv_xa = layer.qkv.product(normed, dense, kept.qkv_xa)
     _turn(layer, kept)
 
 
@@ -170,27 +170,49 @@ def _attend(layer: Layer, kept: Kept) -> None:
 def _to_middle(layer: Layer, kept: Kept, dense: Dense) -> torch.Tensor:
     """From attention to the residual stream before the MLP; returns that normalised."""
     assert kept.attended is not None
-    y = layer.out.product(kept.attended.view(kept.x.shape[0], -1), dense, kept.out_xa)
+    attended = kept.attended.view(kept.x.shape[0], -1)
     if layer.attention_norm is not None:
-        kept.projected = y
-        y, kept.projected_rstd = layer.ops.norm(y, layer.attention_norm)
-    kept.middle, normed, kept.middle_rstd = layer.ops.add_norm(kept.x, y, layer.middle_norm)
+        kept.projected, kept.out_xa = _output(layer, layer.out, attended, kept.out_xa, dense)
+        y, kept.projected_rstd = layer.ops.norm(kept.projected, layer.attention_norm)
+        kept.middle, normed, kept.middle_rstd = layer.ops.add_norm(kept.x, y, layer.middle_norm)
+    elif layer.out.rank:
+        kept.middle, kept.out_xa = _output(layer, layer.out, attended, kept.out_xa, dense, kept.x)
+        normed, kept.middle_rstd = layer.ops.norm(kept.middle, layer.middle_norm)
+    else:
+        y, _ = layer.out.product(attended, dense)
+        kept.middle, normed, kept.middle_rstd = layer.ops.add_norm(kept.x, y, layer.middle_norm)
     return normed
 
 
 def _gate_up(layer: Layer, kept: Kept, normed: torch.Tensor, dense: Dense) -> None:
-    kept.gate_up = _product(layer.gate_up, normed, kept.gate_up_xa, dense)
+    kept.gate_up, kept.gate_up_xa = layer.gate_up.product(normed, dense, kept.gate_up_xa)
 
 
 def _lower(layer: Layer, kept: Kept, activation: torch.Tensor, dense: Dense) -> torch.Tensor:
-    y = _product(layer.down, activation, kept.down_xa, dense)
-    update = layer.down.update(kept.down_xa)
-    xa, b = (None, None) if update is None else update[:2]
     if layer.mlp_norm is None:
-        return layer.ops.lora_add(kept.middle, y, xa, b)
-    kept.lowered = layer.ops.lora_add(None, y, xa, b) if update is not None else y
+        out, kept.down_xa = _output(layer, layer.down, activation, kept.down_xa, dense, kept.middle)
+        return out
+    kept.lowered, kept.down_xa = _output(layer, layer.down, activation, kept.down_xa, dense)
     normed, kept.lowered_rstd = layer.ops.norm(kept.lowered, layer.mlp_norm)
     return layer.ops.lora_add(kept.middle, normed)
+
+
+def _output(
+    layer: Layer,
+    fused: Fused,
+    x: torch.Tensor,
+    xa: torch.Tensor | None,
+    dense: Dense,
+    residual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A projection back to the residual stream `[M, H]`, with LoRA's part and the residual; and its `x A^T`."""
+    y, xa = fused.product(x, dense, xa)
+    update = fused.update(xa)
+    if residual is None and update is None and y.is_contiguous():
+        return y, xa
+    rows, b = (None, None) if update is None else update[:2]
+    out = layer.ops.lora_add(residual, y, rows, b, None if y.is_contiguous() else y.new_empty(y.shape))
+    return out, None if xa is None else xa.contiguous()  # not the whole buffer for the sake of a few columns
 
 
 def complete(layer: Layer, kept: Kept, dense: Dense) -> None:
@@ -261,7 +283,7 @@ def _mlp_backward(layer: Layer, kept: Kept, dout: torch.Tensor, grads: Gradients
         grads[layer.mlp_norm.weight] = dweight  # type: ignore[index]
         kept.lowered = None
     dxa = layer.down.shrink_grad(dlowered, kept.down_xa, grads, ops.lora_grads)
-    in_kernel = layer.down.in_kernel(dxa)
+    in_kernel = dxa is not None and layer.down.in_kernel
     activation = layer.down.product_grad(dlowered, dense, None if in_kernel else dxa)
     gate_up, kept.gate_up = kept.gate_up, None
     assert gate_up is not None
@@ -309,6 +331,7 @@ def _attention_backward(
     dqkv, dq_weight, dk_weight = layer.ops.lora_rope_backward(
         dq, dk, dv, layer.cos, layer.sin, layer.heads, kept.raw_qkv,
         None if norm is None else _heads_update(layer, kept), norm, trained,
+        layer.qkv.rows(dmiddle.shape[0], dq),
     )  # fmt: skip
     if norm is not None:
         grads[norm.q_weight], grads[norm.k_weight] = dq_weight, dk_weight  # type: ignore[index]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ftcore_kernels.layers.decoder.attention import choose
-from ftcore_kernels.layers.decoder.linear import Fused, Uncovered, arrange_fp8, is_fp8, is_nf4, make_neighbours, read
+from ftcore_kernels.layers.decoder.attention import Mask, choose
+from ftcore_kernels.layers.decoder.fp8 import arrange_fp8
+from ftcore_kernels.layers.decoder.linear import Fused, border_for
+from ftcore_kernels.layers.decoder.sources import Uncovered, is_fp8, is_nf4, read
+from ftcore_kernels.layers.decoder.stack import Stack, stack
 from ftcore_kernels.layers.decoder.steps import Layer, Ops
 from ftcore_kernels.reference.lora_glu import Activation
 from ftcore_kernels.reference.lora_rope import HeadNorm, Heads
@@ -25,26 +28,31 @@ ACTIVATIONS: dict[str, Activation] = {
 """transformers' names of the activations that there are kernels for."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Structure:
     """How a family's layer is built, from its role's traits."""
 
     traits: frozenset[str]
     ops: Ops
+    stacks: list[Stack | None] = field(default_factory=lambda: [None] * 4)
+    """Of the four products, where the weights are one matrix."""
 
     def read(
         self,
         module: Any,
         hidden: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
+        mask: Mask | torch.Tensor | None,
         options: dict[str, Any],
     ) -> Layer:
         """The layer as it is now. Raises Uncovered for what the manual layer does not compute."""
         attention, mlp = module.self_attn, module.mlp
         if module.training and attention.attention_dropout:
             raise Uncovered("attention has dropout")
-        qkv, out, gate_up, down = (Fused([read(linear) for linear in group]) for group in self.groups(module))
+        qkv, out, gate_up, down = (
+            Fused([read(linear) for linear in group], whole)
+            for group, whole in zip(self.groups(module), self.stacks, strict=True)
+        )
         dtype = hidden.dtype
         for fused in (qkv, out, gate_up, down):
             base = fused.sources[0].base
@@ -131,10 +139,10 @@ class Structure:
 
     def arrange(self, module: nn.Module) -> None:
         """Put weights that share an input behind each other in memory, so that one product serves them."""
-        for group in self.groups(module):
+        for index, group in enumerate(self.groups(module)):
             bases = [getattr(linear, "base_layer", linear) for linear in group]
             if all(type(base) is nn.Linear for base in bases):
-                make_neighbours([base.weight for base in bases])
+                self.stacks[index] = stack([base.weight for base in bases], border_for(group))
             elif all(is_fp8(base) for base in bases):
                 arrange_fp8(bases)
 
