@@ -1,4 +1,4 @@
-"""Write docs/reference/{hooks,options,cli}.md from the code; `python docs/generate.py --check` says what is stale."""
+"""Write docs/reference/{hooks,options,cli,models}.md from the code; `docs/generate.py --check` says what is stale."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from ftcore import cli, hooks, pipeline
 from ftcore.catalog import Option, field_help, installed
 from ftcore.config import DEFAULTED, KINDS, MANY, PatchingConfig, PreviewConfig, RunConfig, SamplingConfig
+from ftcore.coverage import TRAITS, Row, coverage, family_of
 from ftcore.defaults import modules as core_modules
 from ftcore.defaults.plan import PlanMaker
 from ftcore.errors import Exit
@@ -23,6 +24,8 @@ from ftcore.manager import spec_names
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
+
+    from ftcore.specs import ModelFamily
 
 REFERENCE = Path(__file__).parent / "reference"
 NOTICE = "<!-- Written by docs/generate.py. Do not edit. -->\n"
@@ -41,7 +44,7 @@ EXITS = {
 
 def main(argv: list[str]) -> int:
     """Write the pages, or check them."""
-    pages = {"hooks.md": hooks_page(), "options.md": options_page(), "cli.md": cli_page()}
+    pages = {"hooks.md": hooks_page(), "options.md": options_page(), "cli.md": cli_page(), "models.md": models_page()}
     stale = [name for name, text in pages.items() if not _same(REFERENCE / name, text)]
     if "--check" in argv:
         for name in stale:
@@ -295,6 +298,61 @@ def _used_exits() -> set[Exit]:
         if file.name != "errors.py"
     ]
     return {code for code in Exit if any(f"Exit.{code.name}" in text for text in sources)}
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def models_page() -> str:
+    """Every family with the kernels that serve it, and why others do not."""
+    families = [(option, family) for option in own_options("model") if (family := family_of(option))]
+    covered = {option.name: coverage(family, own_options("kernels")) for option, family in families}
+    roles = list(dict.fromkeys(row.role.name for rows in covered.values() for row in rows))
+    traits = sorted({trait for _, family in families for role in family.roles for trait in role.traits})
+    parts = [
+        NOTICE,
+        "# Models\n",
+        "`ftcore plugins model/NAME` shows the same for one family, with what third parties have installed.",
+        "A kernel is used where its maths is the model's own; elsewhere the trait that it does not know is named.",
+        "Where a `decoder_layer` kernel takes a layer, it does the work of those for the roles inside.\n",
+        f"| family | {' | '.join(f'`{role}`' for role in roles)} |",
+        f"|---|{'---|' * len(roles)}",
+        *(f"| `{name}` | {' | '.join(_claim(rows, role) for role in roles)} |" for name, rows in covered.items()),
+        "\n`yes`: in Triton and in PyTorch. `no set`: no kernel set has one. `-`: no such part.\n",
+        "| trait | what it means |",
+        "|---|---|",
+        *(f"| `{trait}` | {_cell(TRAITS[trait])} |" for trait in traits),
+        "",
+    ]
+    for option, family in families:
+        parts += _family(option, family)
+    return "\n".join(parts)
+
+
+def _claim(rows: list[Row], role: str) -> str:
+    row = next((row for row in rows if row.role.name == role), None)
+    if row is None:
+        return "-"
+    if row.sets:
+        return "yes" if set(row.sets) == {"reference", "triton"} else ", ".join(row.sets)
+    return ", ".join(f"`{trait}`" for trait in sorted(row.uncovered)) or "no set"
+
+
+def _family(option: Option, family: ModelFamily) -> Iterator[str]:
+    yield f"## {option.name}\n"
+    yield f"{_doc(option.load())}\n"
+    yield f"* Checkpoints of type {', '.join(f'`{kind}`' for kind in family.model_types)}:"
+    yield f"  {', '.join(f'`{name}`' for name in family.checkpoints)}."
+    yield f"* LoRA adapts {', '.join(f'`{name}`' for name in family.lora_targets + family.lora_parameters)}."
+    if any("experts." in name for name in family.lora_parameters):
+        yield "* A quantizer leaves the experts as they are: they are parameters, not linear layers."
+    if family.shapes:
+        yield f"* `model.shape`: {', '.join(f'`{name}`' for name in family.shapes)}."
+    for kind, keys in family.sampling.items():
+        yield f"* Recommended, {kind}: {', '.join(f'{key} {value}' for key, value in keys.items())}."
+    for limit in family.limits:
+        yield f"* Refused: `{limit.key}`; {limit.reason}."
+    yield ""
 
 
 def _same(path: Path, text: str) -> bool:
