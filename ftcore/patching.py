@@ -58,7 +58,7 @@ def patch(
     for site in sites:
         if site.kernel.phase is phase:
             install: Callable[[nn.Module, Role], None] = import_function(site.kernel.install, site.kernel.name)
-            install(site.module, site.role)
+            install(_outermost(model, site) if site.kernel.outermost else site.module, site.role)
             claims.append(Claim(module=site.path, role=site.role.name, kernel=site.kernel.name))
     return PatchReport(claims=tuple(claims), skipped=tuple(skipped) if phase is Phase.BASE else ())
 
@@ -92,6 +92,14 @@ def resolve(
                 Skip(role=role.name, module=role.module, reason=f"no module of class {role.module} in the model")
             )
     return _without_inner(_fitting(sites, skipped, plan), skipped), skipped
+
+
+def _outermost(model: nn.Module, site: _Site) -> nn.Module:
+    """PEFT's wrapper around the site's module, the outermost if there are several, or the module."""
+    path = site.path
+    while path.rpartition(".")[2] == "base_layer":
+        path = path.rpartition(".")[0]
+    return model.get_submodule(path)
 
 
 def _fitting(sites: list[_Site], skipped: list[Skip], plan: Plan | None) -> list[_Site]:

@@ -88,6 +88,8 @@ class Kernel:
     fits: str | None = None
     """`package.module:function`, called as `fits(module, role, plan)` on the loaded model, before the adapter is there;
     returns why the kernel cannot take this module in this run, or None."""
+    outermost: bool = False
+    """Whether it is put on the adapter's wrapper around the module, where there is one, not on the module itself."""
 
 
 @dataclass(frozen=True, slots=True)

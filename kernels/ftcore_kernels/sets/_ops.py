@@ -32,7 +32,16 @@ def kernels(implementation: str, needs: Requirement) -> list[Kernel]:
         needs=needs,
         fits="ftcore_kernels.layers.decoder:fits",
     )
-    return [layer] + [
+    experts = Kernel(
+        f"{implementation}.experts",
+        "experts",
+        install=f"ftcore_kernels.layers.experts:install_{implementation}",
+        phase=Phase.ADAPTED,
+        needs=needs,
+        fits="ftcore_kernels.layers.experts:fits",
+        outermost=True,
+    )
+    return [layer, experts] + [
         Kernel(
             f"{implementation}.{op}",
             role,
