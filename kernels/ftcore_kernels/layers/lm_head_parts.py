@@ -49,8 +49,8 @@ def logit_form(config: Any) -> dict[str, float]:
 
     scale = first("logit_scale", "output_multiplier", "lm_head_multiplier")
     if scale is None and (scaling := first("logits_scaling")) is not None:
-        # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies.
-        scale = scaling if text.model_type == "hyperclovax" else 1 / scaling
+        # Granite and MiniCPM3 divide by it. A family that multiplies says so by a trait, which this kernel lacks.
+        scale = 1 / scaling
     return {"softcap": first("final_logit_softcapping") or 0.0, "scale": 1.0 if scale is None else scale}
 
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ftcore_kernels.ops import _launch
 from ftcore_kernels.ops._launch import row_start
-from ftcore_kernels.ops.rms_norm import _PROGRAMS_PER_PROCESSOR, MAX_WIDTH, _scale, _tile
+from ftcore_kernels.ops.rms_norm import _PROGRAMS_PER_PROCESSOR, MAX_WIDTH, _scale, _store_normed, _tile
 
 
 def add_rms_norm(
@@ -71,14 +71,7 @@ def _add_rms_norm_kernel(
     residual = tl.load(residual_ptr + residual_start[:, None] + col, mask=mask, other=0.0)
     total = (residual.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
     tl.store(total_ptr + row[:, None] * width + col, total, mask=mask)
-    hidden = total.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(hidden * hidden, axis=1) / width + eps)
-    normed = hidden * rstd[:, None]
-    if not GEMMA:
-        normed = normed.to(x.dtype).to(tl.float32)
-    out = normed * _scale(weight_ptr, offset, col, width, GEMMA)
-    tl.store(out_ptr + row[:, None] * width + col, out, mask=mask)
-    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    _store_normed(total, weight_ptr, out_ptr, rstd_ptr, row, rows, col, width, eps, offset, mask, GEMMA)
 
 
 @triton.jit

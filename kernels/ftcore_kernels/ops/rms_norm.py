@@ -58,6 +58,12 @@ def _rms_norm_kernel(
     col = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (col < width)[None, :]
     x = tl.load(x_ptr + row_start(row, x_inner, x_outer_stride, x_inner_stride)[:, None] + col, mask=mask, other=0.0)
+    _store_normed(x, weight_ptr, out_ptr, rstd_ptr, row, rows, col, width, eps, offset, mask, GEMMA)
+
+
+@triton.jit
+def _store_normed(x, weight_ptr, out_ptr, rstd_ptr, row, rows, col, width, eps, offset, mask, GEMMA: tl.constexpr):
+    """Rows x [TILE_ROWS, BLOCK] normalised, to out [rows, width], and their reciprocal root mean squares to rstd."""
     hidden = x.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(hidden * hidden, axis=1) / width + eps)
     normed = hidden * rstd[:, None]
