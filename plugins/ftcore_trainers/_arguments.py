@@ -66,6 +66,8 @@ def shared(plan: Plan, has_eval: bool) -> dict[str, Any]:
         "bf16": plan.dtype == "bfloat16",
         "fp16": plan.dtype == "float16",
         "use_cpu": plan.device.kind == "cpu",
+        # Batches come from pinned memory, so that the host need not wait until the GPU is free to take one.
+        "accelerator_config": {"non_blocking": plan.device.kind == "cuda"},
         "optim": trainer.optimizer.value,
         "weight_decay": trainer.weight_decay,
         # A part of few steps rounds down: a run of one step would otherwise be all warm-up, at a rate of 0.

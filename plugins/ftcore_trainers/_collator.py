@@ -11,9 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+
 from ftcore_trainers._buckets import Buckets
 
 Batch = dict[str, Any]
+
+COUNTS = ("num_tokens", "supervised")
+"""What a batch says about itself besides what the model takes."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +29,23 @@ class WithoutMask:
     collate: Callable[[Sequence[Any]], Batch]
     buckets: Buckets | None = None
     """Lengths that batches are filled up to."""
+    find_supervised: bool = True
+    """Whether to find the supervised tokens here, where the loss need not wait for a device to count them."""
 
     def __call__(self, rows: Sequence[Any]) -> Batch:
-        """Return the batch with `num_tokens`, the number of tokens that are no padding, for the mask."""
+        """Return the batch with two things for the mask.
+
+        `num_tokens` is the number of tokens that are no padding, `supervised` `[n]` int64 the places among all `B * S`
+        hidden states whose next token has a label.
+        """
         batch = self.collate(rows)
         mask = batch.pop("attention_mask", None)
         batch["num_tokens"] = batch["input_ids"].numel() if mask is None else int(mask.sum())
-        return batch if self.buckets is None else self.buckets.fill(batch)
+        batch = batch if self.buckets is None else self.buckets.fill(batch)
+        if self.find_supervised:
+            after = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+            batch["supervised"] = torch.nonzero(after.reshape(-1) != -100).squeeze(1)
+        return batch
 
 
 def causal(config: Any) -> bool:

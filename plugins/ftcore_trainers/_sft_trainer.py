@@ -10,7 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from ftcore.memory import layers_that_choose
 from ftcore_trainers._buckets import Buckets, contexts
-from ftcore_trainers._collator import WithoutMask, causal
+from ftcore_trainers._collator import COUNTS, WithoutMask, causal
 from ftcore_trainers._fused_head import take_over
 from ftcore_trainers._lean_loop import LeanLoop
 from ftcore_trainers._token_sums import TokenSums
@@ -36,6 +36,7 @@ class FusedSFTTrainer(LeanLoop, SFTTrainer):
             self.data_collator = WithoutMask(
                 self.data_collator,
                 Buckets(recorded, self.data_collator.pad_token_id, contexts(self.model.config)) if recorded else None,
+                find_supervised=self.args.n_gpu <= 1,  # DataParallel cuts every tensor of a batch into shares
             )
 
     def compute_loss(
@@ -60,7 +61,7 @@ class FusedSFTTrainer(LeanLoop, SFTTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():  # who wants the logits pays for them
-            inputs = {name: value for name, value in inputs.items() if name not in ("labels", "num_tokens")}
+            inputs = {name: value for name, value in inputs.items() if name not in ("labels", *COUNTS)}
             return loss, model(**inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftcore import Plan, Shape, TrainerConfig, TrainerSpec, hookimpl
+from ftcore import Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
 from ftcore_trainers._arguments import OWNED
 
 if TYPE_CHECKING:
@@ -26,11 +26,42 @@ class Config(TrainerConfig):
 def ftcore_trainer_spec() -> TrainerSpec:
     """Takes token ids and labels, which ftcore makes."""
     return TrainerSpec(
-        accepts=frozenset({Shape.MESSAGES, Shape.TEXT, Shape.PROMPT_COMPLETION, Shape.TOKENS}),
+        accepts=frozenset({Shape.MESSAGES, Shape.TEXT, Shape.PROMPT_COMPLETION, Shape.TOKENS, Shape.IMAGES}),
         tokenized=True,
         args="trl.trainer.sft_config:SFTConfig",
         owned=OWNED | {"assistant_only_loss", "completion_only_loss", "dataset_kwargs"},
     )
+
+
+@hookimpl
+def ftcore_check_plan(plan: Plan) -> list[Problem]:
+    """Rows with images need a model that reads them, and are not packed."""
+    if not _has_images(plan):
+        return []
+    assert plan.run.model is not None and plan.run.trainer is not None
+    if plan.family.vision is None:
+        message = f"the rows have images, which {plan.run.model.name} does not read"
+        return [Problem("data", message, "use a model that reads them; `ftcore plugins model` lists them")]
+    if plan.run.trainer.packing:
+        reason = "an image belongs to the positions of its own row, which packed rows do not keep"
+        return [Problem("trainer.packing", reason, "leave it out")]
+    return []
+
+
+def _has_images(plan: Plan) -> bool:
+    return plan.format is not None and plan.format.shape == Shape.IMAGES
+
+
+@hookimpl
+def ftcore_make_collator(plan: Plan, tokenizer: Any) -> Any | None:
+    """For rows with images; TRL's own collator takes the others."""
+    if not _has_images(plan):
+        return None
+    from ftcore.vision import processor_of
+    from ftcore_trainers._vision_collator import VisionCollator
+
+    assert plan.family.vision is not None
+    return VisionCollator(processor_of(tokenizer), plan.family.vision)
 
 
 @hookimpl
@@ -51,6 +82,9 @@ def ftcore_make_trainer(
         "eval_packing": False,
         **shared(plan, "eval" in dataset),
     }
+    if _has_images(plan):
+        # TRL would take the pictures out of rows that have their tokens already.
+        arguments |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     with kept_dtypes(model):
         return quiet(
             FusedSFTTrainer(

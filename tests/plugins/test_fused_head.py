@@ -17,7 +17,7 @@ from trl.trainer.utils import add_fused_lm_head
 import ftcore
 from ftcore.patching import BOUND
 from ftcore.testing import maths, runs
-from ftcore_trainers._collator import WithoutMask, causal
+from ftcore_trainers._collator import COUNTS, WithoutMask, causal
 from ftcore_trainers._fused_head import base_of
 from ftcore_trainers._token_sums import TokenSums
 
@@ -130,21 +130,25 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_waits_once_before_the_backbone_and_metrics_wait_for_the_log(watched) -> None:
-    def look(trainer: Any) -> tuple[list[str], list[str]]:
+def test_a_step_waits_for_nothing_and_metrics_wait_for_the_log(watched) -> None:
+    def look(trainer: Any) -> tuple[list[str], ...]:
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        assert set(inputs) == {"input_ids", "labels", "num_tokens"}
+        assert set(inputs) == {"input_ids", "labels", *COUNTS}
         trainer.model.train()
         with Waits() as backbone:
             base_of(trainer.model).base_model(input_ids=inputs["input_ids"], use_cache=False)
         with Waits() as step:
             trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(9))
+        del inputs["supervised"]
+        with Waits() as without:
+            trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(9))
         trainer._sums["train"] = TokenSums()
-        return backbone.seen, step.seen
+        return backbone.seen, step.seen, without.seen
 
     seen = watched(*SFT, "kernels=[reference]", look=look)
-    backbone, step = seen.answer
-    assert step == ["nonzero", *backbone]
+    backbone, step, without = seen.answer
+    assert step == backbone
+    assert without == ["nonzero", *backbone], "what is not given is looked for, before the backbone"
 
 
 def test_asking_for_the_outputs_gives_the_logits(watched) -> None:
@@ -174,13 +178,37 @@ def test_right_padding_needs_no_mask(family, kernel_set) -> None:
         row["labels"] = [-100, *row["input_ids"][1:]]
     collate = DataCollatorForLanguageModeling(pad_token_id=256)
     masked, bare = collate(rows), WithoutMask(collate)(rows)
-    assert bare.pop("num_tokens") == masked["attention_mask"].sum() == 27
+    assert bare["num_tokens"] == masked["attention_mask"].sum() == 27
+    after = masked["labels"].flatten().tolist()[1:]  # no row begins with a label
+    assert bare["supervised"].tolist() == [place for place, label in enumerate(after) if label != -100]
+    bare = {name: value for name, value in bare.items() if name not in COUNTS}
     assert "attention_mask" not in bare
     loss, gradients = maths.loss_and_gradients(model, masked)
     gradients = {name: g.clone() for name, g in gradients.items()}
     bare_loss, bare_gradients = maths.loss_and_gradients(model, bare)
     assert maths.apart(bare_loss, loss) <= 1e-5
     assert max(maths.apart(bare_gradients[name], gradients[name]) for name in gradients) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
+def test_steps_between_two_lines_of_the_log_wait_for_nothing(in_tmp) -> None:
+    from transformers import TrainerCallback
+
+    class Strict(TrainerCallback):
+        def on_step_begin(self, args, state, control, **more) -> None:
+            if state.global_step == 6:  # every kernel is compiled, every launch recorded
+                torch.cuda.set_sync_debug_mode("error")
+
+        def on_step_end(self, args, state, control, **more) -> None:
+            if state.global_step == 12:
+                torch.cuda.set_sync_debug_mode("default")
+
+    words = [*SFT, "trainer.max_steps=14", "trainer.logging_steps=100", "trainer.global_batch=4", "prompts=[]"]
+    try:
+        ftcore.run([*words, "model.dtype=bfloat16"], plugins=[Seen(lambda trainer: trainer.add_callback(Strict()))])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_mask_that_says_more_stays() -> None:

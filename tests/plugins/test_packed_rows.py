@@ -150,7 +150,7 @@ def test_pads_have_no_labels_and_a_document_of_their_own() -> None:
 def test_padded_rows_are_filled_up() -> None:
     collate = DataCollatorForLanguageModeling(pad_token_id=0)
     filled = WithoutMask(collate, Buckets(1e9, 9))(rows((5, 70)))
-    assert set(filled) == {"input_ids", "labels", "num_tokens"}
+    assert set(filled) == {"input_ids", "labels", "num_tokens", "supervised"}
     assert filled["num_tokens"] == 75
     assert filled["input_ids"].shape == filled["labels"].shape == (2, 128)
 

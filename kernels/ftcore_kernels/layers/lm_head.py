@@ -146,25 +146,29 @@ def forward_of(fused: FusedHead) -> Callable[..., Any]:
         fused_loss: bool = False,
         shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        supervised: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """input_ids [B, S], labels or shift_labels [B, S] -> see the module's docstring.
 
+        `supervised` [n] int64 spares the wait for the device that finding the supervised among the B S tokens is.
         Raises TypeError for a fused answer without labels, NotImplementedError for one with a router's loss.
         """
         if len(args) > len(names):
             raise TypeError(f"forward takes {len(names)} arguments by position, and {len(args)} were given")
         kwargs |= zip(names, args, strict=False)
         labels = kwargs.pop("labels", None)
-        supervised = labels is not None or shift_labels is not None
+        labelled = labels is not None or shift_labels is not None
         if fused_lm_head or fused_loss:
-            _check_fused(module, supervised, kwargs)
-            targets, kwargs["use_cache"] = next_tokens(labels, shift_labels, num_items_in_batch), False
+            _check_fused(module, labelled, kwargs)
+            targets = next_tokens(labels, shift_labels, num_items_in_batch, supervised)
+            kwargs["use_cache"] = False
             if fused_loss:
                 return fused.loss(module, targets, kwargs)
             return fused.tokens(module, targets, kwargs, shifted=shift_labels is not None)
-        if supervised and takes_plain_loss(module, kwargs) and (head := head_of(module)) is not None:
-            return fused.output(module, head, next_tokens(labels, shift_labels, num_items_in_batch), kwargs)
+        if labelled and takes_plain_loss(module, kwargs) and (head := head_of(module)) is not None:
+            targets = next_tokens(labels, shift_labels, num_items_in_batch, supervised)
+            return fused.output(module, head, targets, kwargs)
         given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         return fused.plain(module, **kwargs, **{name: value for name, value in given.items() if value is not None})
 

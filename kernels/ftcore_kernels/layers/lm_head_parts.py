@@ -29,13 +29,20 @@ class Targets:
 
 
 def next_tokens(
-    labels: torch.Tensor | None, shift_labels: torch.Tensor | None, num_items_in_batch: torch.Tensor | int | None
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    num_items_in_batch: torch.Tensor | int | None,
+    rows: torch.Tensor | None = None,
 ) -> Targets:
-    """Find the supervised rows: the host waits for their number, so this comes before the backbone is queued."""
+    """Find the supervised rows, if they are not given.
+
+    The host waits for their number, and so until everything before is done: this comes before the backbone is queued.
+    """
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-    rows = torch.nonzero(shift_labels.reshape(-1) != IGNORED).squeeze(1)
+    if rows is None:
+        rows = torch.nonzero(shift_labels.reshape(-1) != IGNORED).squeeze(1)
     return Targets(shift_labels, rows, rows.numel() if num_items_in_batch is None else num_items_in_batch)
 
 
