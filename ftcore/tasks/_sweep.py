@@ -18,7 +18,8 @@ from ftcore import pipeline
 from ftcore.catalog import installed
 from ftcore.composition import CONF_MODULE, CONFIG_NAME, compose, hydra_overrides, parse, register, typed
 from ftcore.errors import Problem, Refused
-from ftcore.overrides import check_overrides, explain
+from ftcore.explanations import explain
+from ftcore.overrides import check_overrides
 from ftcore.tasks._config import split_config_dir
 from ftcore.validate import reject_unknown_keys
 

@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 )
 
 import ftcore
-from ftcore.patching import unpatch
+from ftcore.patching import BOUND, unpatch
 from ftcore.testing import maths, runs
 from ftcore_kernels.layers.decoder.attention import Capped, Documents, Flash, Mask, capped, choice, interface, kernels
 from ftcore_kernels.layers.decoder.attention.mask import describe
@@ -375,6 +375,21 @@ def test_where_no_kernel_takes_the_description(family, kind, monkeypatch) -> Non
 
 
 # Whom it concerns ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed", "right", "left"])
+@pytest.mark.parametrize("family", ["mistral", "mixtral", "qwen2", "gemma2", "gemma3"])
+def test_attention_of_its_own_in_every_family(family, kind) -> None:
+    """Windows and soft caps, where the whole layer is not claimed."""
+    words = ["adapter.dropout=0.1", "adapter.targets=[q_proj,v_proj,o_proj]"]
+    plain, ours = pair(family, *words)
+    layers = [m for m in ours.modules() if type(m).__name__.endswith("Attention")]
+    assert layers and all(BOUND in vars(module) for module in layers)
+    for model in (plain, ours):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    assert_close(*maths.loss_and_gradients(ours, batch(kind)), *maths.loss_and_gradients(plain, batch(kind)))
 
 
 def test_only_the_claimed_model_knows_the_name() -> None:

@@ -18,7 +18,10 @@ def forward(
     module: nn.Module, hidden_states: torch.Tensor, *, op: Op, eps: float, offset: float, cast: str
 ) -> torch.Tensor:
     """hidden_states [..., H] -> the same shape and dtype."""
-    return op(hidden_states, module.weight, eps, offset=offset, cast=cast)
+    weight = getattr(module, "weight", None)
+    if weight is None:  # a family whose norm comes with a weight and without
+        weight = hidden_states.new_ones(hidden_states.shape[-1])
+    return op(hidden_states, weight, eps, offset=offset, cast=cast)
 
 
 def install_triton(module: nn.Module, role: Role) -> None:
@@ -36,6 +39,7 @@ def install_reference(module: nn.Module, role: Role) -> None:
 
 
 def _install(module: nn.Module, role: Role, op: Op) -> None:
-    gemma = "unit_offset" in role.traits
+    offset = "unit_offset" in role.traits
+    cast = "gemma" if offset or "weight_in_float32" in role.traits else "llama"
     eps = getattr(module, "variance_epsilon", None) or module.eps
-    bind(module, forward, op=op, eps=eps, offset=1.0 if gemma else 0.0, cast="gemma" if gemma else "llama")
+    bind(module, forward, op=op, eps=eps, offset=1.0 if offset else 0.0, cast=cast)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from ftcore import Kernel, Phase, Requirement
 
 LAYERS = {
-    "rms_norm": ("rms_norm", "rms_norm", frozenset({"unit_offset"})),
+    "rms_norm": ("rms_norm", "rms_norm", frozenset({"unit_offset", "weight_in_float32", "norm_without_weight"})),
     "swiglu": ("mlp", "mlp", frozenset()),
-    "rope": ("attention", "attention", frozenset({"qk_norm"})),
+    "rope": ("attention", "attention", frozenset({"qk_norm", "sliding_window", "attention_softcap"})),
     "linear_cross_entropy": ("lm_head", "lm_head", frozenset()),
 }
 """Op to the role that it serves, the module of `layers` that binds it, and the traits that it covers."""
