@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from ftcore.specs import (
         Artifact,
         Bundle,
+        Chat,
         Checkpoint,
         Completions,
         DataFormat,
         Kernel,
+        Limit,
         ModelFamily,
         Phase,
         Plan,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
         Sampling,
         Shape,
         TrainerSpec,
+        Vision,
     )
 
 _HOMES = {
@@ -64,10 +67,12 @@ _HOMES = {
     "ftcore.specs": (
         "Artifact",
         "Bundle",
+        "Chat",
         "Checkpoint",
         "Completions",
         "DataFormat",
         "Kernel",
+        "Limit",
         "ModelFamily",
         "Phase",
         "Plan",
@@ -77,6 +82,7 @@ _HOMES = {
         "Sampling",
         "Shape",
         "TrainerSpec",
+        "Vision",
     ),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -86,6 +92,7 @@ __all__ = [
     "AdapterConfig",
     "Artifact",
     "Bundle",
+    "Chat",
     "Checkpoint",
     "Completions",
     "DataConfig",
@@ -96,6 +103,7 @@ __all__ = [
     "GeneratorConfig",
     "Kernel",
     "KernelsConfig",
+    "Limit",
     "ModelConfig",
     "ModelFamily",
     "Phase",
@@ -112,6 +120,7 @@ __all__ = [
     "Shape",
     "TrainerConfig",
     "TrainerSpec",
+    "Vision",
     "bind",
     "compose",
     "export",

@@ -80,13 +80,12 @@ def problems(model: ModelConfig, family: ModelFamily) -> list[Problem]:
         return list(refused.problems)
     found = config.get("model_type") if config else None
     if found and found not in family.model_types:
-        return [
-            Problem(
-                "model",
-                f"{source.name} is a '{found}' checkpoint, but {model.name} takes {', '.join(family.model_types)}",
-                "select its own family with +model=; `ftcore plugins model` lists them",
-            )
-        ]
+        from ftcore.coverage import families_for
+
+        message = f"{source.name} is a '{found}' checkpoint, but {model.name} takes {', '.join(family.model_types)}"
+        names = families_for(found)
+        none = f"no installed family takes '{found}'; `ftcore new model/{found}` starts one"
+        return [Problem("model", message, f"use +model={names[0]}" if names else none)]
     return []
 
 
@@ -111,8 +110,12 @@ def read_config(model: ModelConfig, family: ModelFamily) -> dict[str, Any] | Non
     return config
 
 
-def context_length(model: ModelConfig, family: ModelFamily) -> int | None:
-    """Longest row in tokens that the checkpoint was made for; None where its config is not on this machine."""
+def settings(model: ModelConfig, family: ModelFamily) -> dict[str, Any]:
+    """The config's keys that are known without transformers, those of its text part in front.
+
+    Defaults are not among them; empty where the config is not on this machine. Raises Refused for a config that cannot
+    be read, KeyError for a shape that the family does not declare.
+    """
     source = find(model, family)
     if source.kind == "random":
         config: Any = family.tiny if source.name == "tiny" else family.shapes[source.name]
@@ -120,7 +123,12 @@ def context_length(model: ModelConfig, family: ModelFamily) -> int | None:
         config = next(iter(family.shapes.values()))
     else:
         config = read_config(model, family) or {}
-    length = {**config, **config.get("text_config", {})}.get("max_position_embeddings")
+    return {**config, **config.get("text_config", {})}
+
+
+def context_length(model: ModelConfig, family: ModelFamily) -> int | None:
+    """Longest row in tokens that the checkpoint was made for; None where its config is not on this machine."""
+    length = settings(model, family).get("max_position_embeddings")
     return int(length) if length else None
 
 
@@ -184,14 +192,14 @@ def config_of(model: ModelConfig, family: ModelFamily) -> PretrainedConfig:
     if source.kind == "package":
         # Parsing the GGUF's vocabulary takes seconds; the family knows the shape of what it bundles.
         return _random_config(family, next(iter(family.shapes)))
-    return AutoConfig.from_pretrained(source.name, revision=model.revision)
+    return AutoConfig.from_pretrained(source.name, revision=model.revision, **family.settings)
 
 
 def _random_config(family: ModelFamily, shape: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
     arguments = family.tiny if shape == "tiny" else family.shapes[shape]
-    return AutoConfig.for_model(family.model_types[0], **arguments)
+    return AutoConfig.for_model(family.model_types[0], **arguments, **family.settings)
 
 
 def _random_checkpoint(family: ModelFamily, shape: str) -> Path:
@@ -199,14 +207,18 @@ def _random_checkpoint(family: ModelFamily, shape: str) -> Path:
     import torch
     import transformers
 
+    from ftcore import vision
     from ftcore.bytes_tokenizer import byte_tokenizer
 
     config = _random_config(family, shape)
-    made_of = (config.to_json_string(), transformers.__version__, family.auto_class, family.chat_template or "")
+    made_of = [config.to_json_string(), transformers.__version__, family.auto_class, family.chat_template or ""]
+    made_of += [repr(family.vision)] if family.vision else []
     key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
     target = cache_dir() / "random" / f"{family.model_types[0]}-{shape}-{key}"
     if not (target / "config.json").is_file():
         tokenizer = byte_tokenizer(family.chat_template)
+        if family.vision:
+            vision.attach_tiny(tokenizer, family.vision)
         config.pad_token_id, config.eos_token_id, config.bos_token_id = (
             tokenizer.pad_token_id,
             tokenizer.eos_token_id,
@@ -218,9 +230,11 @@ def _random_checkpoint(family: ModelFamily, shape: str) -> Path:
         with torch.random.fork_rng(), torch.device(place):
             torch.manual_seed(0)
             model = getattr(transformers, family.auto_class).from_config(config, dtype=dtype)
+            if family.vision:
+                vision.open_gates(model)
         with whole_folder(target) as folder:
             model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            vision.save(tokenizer, folder)
     return target
 
 

@@ -23,7 +23,8 @@ from yaml import YAMLError
 from ftcore.catalog import installed
 from ftcore.config import KINDS, MANY, RunConfig
 from ftcore.errors import Exit, Problem, Refused
-from ftcore.overrides import check_overrides, explain, explain_grammar
+from ftcore.explanations import explain, explain_grammar
+from ftcore.overrides import check_overrides
 from ftcore.validate import reject_unknown_keys
 
 CONF_MODULE = "ftcore_conf"

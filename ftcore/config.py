@@ -64,7 +64,8 @@ class ModelConfig(PluginConfig):
     new_tokens: list[str] = field(default_factory=list)
     """Tokens to add to the vocabulary."""
     rope_scaling: dict[str, Any] = field(default_factory=dict)
-    """RoPE scaling as transformers' `rope_parameters` takes it; empty keeps the checkpoint's own."""
+    """RoPE scaling as transformers' `rope_parameters` takes it; empty keeps the checkpoint's own, or takes YaRN where
+    `max_length` is past its context."""
     revision: str | None = None
     """Branch, tag or commit of the hub checkpoint."""
 

@@ -26,24 +26,45 @@ def write_merged(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
     """
     import torch
     from huggingface_hub import save_torch_state_dict
+    from transformers.core_model_loading import revert_weight_conversion
+
+    from ftcore.vision import save as save_tokenizer
 
     base: Any = getattr(model, "get_base_model", lambda: model)()
     weights = merged_weights(base)
     target = getattr(torch, dtype) if dtype != "auto" else _sixteen_bits(weights)
     config = copy.deepcopy(base.config)
     tied = _still_tied(base, weights)
-    config.get_text_config().tie_word_embeddings = bool(tied)
+    _ties(config).tie_word_embeddings = bool(tied)
     config.dtype, config.use_cache = target, True
+    config.architectures = [type(base).__name__]  # with the head that was trained, which may be another than before
+    config.get_text_config().use_cache = True
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    state = {n: w.to(target).cpu().contiguous() for n, w in weights.items() if n not in tied}
+    exact = tuple(getattr(base, "_keep_in_fp32_modules_strict", None) or ())  # by which routers decide, for one
+    state = {
+        n: (w if any(name in n for name in exact) else w.to(target)).cpu() for n, w in weights.items() if n not in tied
+    }
+    # Under the names of the published checkpoints: experts one by one, as everything but transformers reads them.
+    state = {n: _whole(w) for n, w in revert_weight_conversion(base, state).items()}
     with whole_folder(folder) as work:
         config.save_pretrained(work)
-        if base.generation_config is not None:
+        if getattr(base, "generation_config", None) is not None:  # encoders have none
             base.generation_config.save_pretrained(work)
-        tokenizer.save_pretrained(work)
+        save_tokenizer(tokenizer, work)
         save_torch_state_dict(state, work, max_shard_size="5GB")
     return folder
+
+
+def _whole(weight: torch.Tensor) -> torch.Tensor:
+    """The weight in memory of its own: safetensors takes no part of another tensor, such as one expert of many."""
+    weight = weight.contiguous()
+    return weight if weight.untyped_storage().nbytes() == weight.nbytes else weight.clone()
+
+
+def _ties(config: Any) -> Any:
+    """The config that says whether head and embedding are one: the whole model's, or that of its text part."""
+    return config if hasattr(config, "tie_word_embeddings") else config.get_text_config()
 
 
 def _still_tied(base: Any, weights: dict[str, torch.Tensor]) -> set[str]:
@@ -51,7 +72,7 @@ def _still_tied(base: Any, weights: dict[str, torch.Tensor]) -> set[str]:
 
     A tied model of which only the head, or only the embedding, was trained is tied no longer.
     """
-    if not base.config.get_text_config().tie_word_embeddings:
+    if not _ties(base.config).tie_word_embeddings:
         return set()
     names = set(getattr(base, "_tied_weights_keys", None) or ()) & set(weights)
     source = next((w for n, w in weights.items() if n.endswith("embed_tokens.weight")), None)
@@ -89,6 +110,11 @@ def _merged_module(path: str, module: Any) -> dict[str, torch.Tensor]:
     if not isinstance(module, BaseTunerLayer):
         if type(module).__name__ in QUANTIZED:
             return _with_bias({"weight": _unpacked(module)}, module)
+        if hasattr(module, "token_adapter"):  # some rows of it were trained, those of new tokens
+            rows = module.token_adapter
+            return _with_bias(
+                {"weight": rows.get_merged_weights(rows.active_adapters).detach()}, module.original_module
+            )
         return dict(module.modules_to_save[module.active_adapters[0]].state_dict())  # the trained copy
     layer = module.get_base_layer()
     if type(layer).__name__ in QUANTIZED:
@@ -105,8 +131,10 @@ def _merged_module(path: str, module: Any) -> dict[str, torch.Tensor]:
     # One layer at a time in float32, merged by PEFT itself, so that every variant (rsLoRA, DoRA, ...) is exact.
     single = copy.deepcopy(module).float()
     with torch.no_grad():
-        single.merge(safe_merge=True)
-    return dict(single.get_base_layer().state_dict())
+        while isinstance(single, BaseTunerLayer):  # adapters of a module's parameters stand inside each other
+            single.merge(safe_merge=True)
+            single = single.base_layer
+    return dict(single.state_dict())
 
 
 def _unpacked(layer: Any) -> torch.Tensor:
@@ -126,7 +154,8 @@ def _unpacked(layer: Any) -> torch.Tensor:
 
 
 def _with_bias(weights: dict[str, torch.Tensor], layer: Any) -> dict[str, torch.Tensor]:
-    return weights if layer.bias is None else {**weights, "bias": layer.bias.detach()}
+    bias = getattr(layer, "bias", None)
+    return weights if bias is None else {**weights, "bias": bias.detach()}
 
 
 def _sixteen_bits(weights: dict[str, torch.Tensor]) -> torch.dtype:

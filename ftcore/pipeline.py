@@ -18,6 +18,7 @@ from ftcore.specs import Answer, Artifact, Checkpoint, Loaded, PatchReport, Phas
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 def prepare(config: RunConfig, plugins: Sequence[object] = ()) -> tuple[Hooks, Plan]:
@@ -37,9 +38,10 @@ def prepare(config: RunConfig, plugins: Sequence[object] = ()) -> tuple[Hooks, P
     return hooks, plan
 
 
-def load(hooks: Hooks, plan: Plan) -> Loaded:
-    """From a plan to a quantized, patched and adapted model with its tokenizer."""
-    tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
+def load(hooks: Hooks, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None) -> Loaded:
+    """From a plan to a quantized, patched and adapted model with its tokenizer, unless that is loaded already."""
+    if tokenizer is None:
+        tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
     quantization = hooks.maybe(h.ftcore_quantization_config, plan=plan)
     model: torch.nn.Module = hooks.first(h.ftcore_load_model, plan=plan, quantization=quantization)
     base = hooks.first(h.ftcore_patch_model, plan=plan, model=model, phase=Phase.BASE)
@@ -67,15 +69,17 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         )
     plan = claimed(plan)
     with RunFolder(plan) as folder:
-        loaded = load(hooks, plan)
-        model, tokenizer = loaded.model, loaded.tokenizer
-        folder.show_patches(loaded.patches)
-        watch.lap("load")
-
+        # The rows come first: what is wrong with one for this tokenizer is said before any weight is read.
+        tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
         raw = hooks.first(h.ftcore_load_dataset, plan=plan)
         dataset = hooks.first(h.ftcore_format_dataset, plan=plan, dataset=raw, tokenizer=tokenizer)
         collator = hooks.maybe(h.ftcore_make_collator, plan=plan, tokenizer=tokenizer)
         watch.lap("data")
+
+        loaded = load(hooks, plan, tokenizer)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        folder.show_patches(loaded.patches)
+        watch.lap("load")
 
         prompts = plan.run.prompts or (list(plan.format.sample_prompts) if _on_sample(plan) and plan.format else [])
         before = answers_to(prompts, model, tokenizer, plan.run.sampling)

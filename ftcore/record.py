@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -102,10 +103,12 @@ class RunFolder:
 
     def save_trained(self, loaded: Loaded) -> None:
         """Keep the adapter, or the full model, and the tokenizer: what `run=FOLDER` loads again."""
+        from ftcore.vision import save as save_tokenizer
+
         model: Any = loaded.model
         with whole_folder(self._path / TRAINED) as folder:
             model.save_pretrained(folder)
-            loaded.tokenizer.save_pretrained(folder)
+            save_tokenizer(loaded.tokenizer, folder)
 
     def finish(self, result: RunResult, trained: TrainReport) -> None:
         """Record and print the outcome."""
@@ -118,7 +121,8 @@ class RunFolder:
             "answers": [asdict(answer) for answer in result.answers],
         }
         self._write()
-        show_result(result)
+        spec = self._plan.trainer
+        show_result(result, spec.measures if spec else (), talks=spec is None or spec.auto_class is None)
 
     def _write(self) -> None:
         file = self._path / RUN_FILE
@@ -127,10 +131,16 @@ class RunFolder:
         temporary.replace(file)
 
 
-def show_result(result: RunResult) -> None:
-    """The outcome as a person reads it."""
+def show_result(result: RunResult, measures: Sequence[str] = (), talks: bool = True) -> None:
+    """The outcome as a person reads it.
+
+    :param measures: What the trainer measured besides the loss.
+    :param talks: Whether the trained model answers prompts.
+    """
     report.heading("Result")
-    shown = ("loss_first", "loss_last", "eval_loss_before", "eval_loss", "reward_first", "reward_last", "train_seconds")
+    measured = [name for measure in measures for name in (f"eval_{measure}_before", f"eval_{measure}")]
+    losses = ("loss_first", "loss_last", "eval_loss_before", "eval_loss")
+    shown = (*losses, *measured, "reward_first", "reward_last", "train_seconds")
     report.table((name, f"{result.metrics[name]:.4g}") for name in shown if name in result.metrics)
     for answer in result.answers:
         report.heading(f"Prompt: {answer.prompt}")
@@ -141,7 +151,8 @@ def show_result(result: RunResult) -> None:
     report.heading("Written")
     trained = result.output_dir / TRAINED
     rows = [(a.target, a.path, report.size(a.size), a.note) for a in result.artifacts]
-    report.table([("trained", trained, "", f"talk to it: ftcore chat run={result.output_dir}"), *rows])
+    hint = f"talk to it: ftcore chat run={result.output_dir}" if talks else ""
+    report.table([("trained", trained, "", hint), *rows])
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,20 @@ LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".pa
 """File ending to the builder of `datasets` that reads it."""
 
 Row = Mapping[str, Any]
+
+
+def sources(path: Any, key: str = "data.path") -> list[str]:
+    """`data.path` as the list that it is: one file, folder or hub id, or several that are mixed.
+
+    Raises Refused for what is neither.
+    """
+    if isinstance(path, str):
+        return [path]
+    if isinstance(path, Sequence) and path and all(isinstance(one, str) for one in path):
+        return list(path)
+    kind = "an empty list" if isinstance(path, Sequence) else f"a {type(path).__name__}"
+    fix = f"give a file, a folder or a hub id, or a list of them: '{key}=[a.jsonl,b.jsonl]'"
+    raise Refused(Problem(key, f"is {kind if not path else f'{path!r}'}", fix))
 
 
 def local_files(path: str, key: str = "data.path") -> list[Path] | None:
@@ -28,6 +43,7 @@ def local_files(path: str, key: str = "data.path") -> list[Path] | None:
         files = sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(place).parts))
         if not files:
             raise Refused(Problem(key, f"the folder {path} holds no data files", endings, Exit.MISSING_INPUT))
+        _one_split(files, path, key)
         return files
     if place.is_file():
         if place.suffix not in LOADERS:
@@ -39,12 +55,28 @@ def local_files(path: str, key: str = "data.path") -> list[Path] | None:
     return None
 
 
-def hub_rows(path: str, split: str, key: str = "data.path") -> Iterator[tuple[str, Row]]:
+SPLITS = {"train": "train", "test": "test", "eval": "test", "valid": "test", "validation": "test", "dev": "test"}
+
+
+def _one_split(files: list[Path], path: str, key: str) -> None:
+    """A folder with rows to train on and rows to hold out is not read as one heap."""
+    found: dict[str, Path] = {}
+    for file in files:
+        word = re.split(r"[^a-z]", file.stem.lower())[0]
+        if word in SPLITS:
+            found.setdefault(SPLITS[word], file)
+    if len(found) > 1:
+        message = f"the folder {path} holds both {found['train'].name} and {found['test'].name}"
+        fix = f"name them: data.path={found['train']} data.eval_path={found['test']}"
+        raise Refused(Problem(key, message, fix))
+
+
+def hub_rows(path: str, split: str, key: str = "data.path", subset: str | None = None) -> Iterator[tuple[str, Row]]:
     """(place, row) of a data set on the hub, read as a stream. Raises Refused when it cannot be reached."""
     from datasets import load_dataset
 
     try:
-        stream = load_dataset(path, split=split, streaming=True)
+        stream = load_dataset(path, subset, split=split, streaming=True)
     except Exception as error:  # the hub's and the network's errors are many; all mean that the rows are not to be had
         message = (
             f"{path} is no file here, and no data set with a split '{split}' could be reached ({type(error).__name__})"
@@ -70,6 +102,24 @@ def iter_rows(file: Path) -> Iterator[tuple[str, Row]]:
                 yield f"{file}:{number}", {"text": line.rstrip("\r\n")}
     else:
         yield from _parquet(file)
+
+
+def place_of(row: Row, path: str, media: Sequence[str] = ()) -> str | None:
+    """file:line of the first row in local files that is this one, whatever nulls `datasets` added; else None."""
+    from ftcore.media import resolved
+
+    wanted = _without_nulls(row)
+    for file in local_files(path) or ():
+        for place, found in iter_rows(file):
+            if _without_nulls(resolved(found, media, file.parent)) == wanted:
+                return place
+    return None
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def row_problem(place: str, reason: str, note: str = "") -> Problem:
@@ -102,7 +152,12 @@ def _jsonl(file: Path) -> Iterator[tuple[str, Row]]:
 
 def _json(file: Path) -> Iterator[tuple[str, Row]]:
     text = "".join(line for _, line in _lines(file))
+    if _object_per_line(text):
+        yield from _jsonl(file)
+        return
     rows = _parsed(text, file, 1, "a .json file is one list of objects")
+    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
+        rows = rows["data"]
     if not isinstance(rows, list):
         raise _bad(
             str(file), "holds no list of rows", "a .json file is one list of objects; use .jsonl for one object a line"
@@ -110,6 +165,15 @@ def _json(file: Path) -> Iterator[tuple[str, Row]]:
     for number, row in enumerate(rows, 1):
         place = f"{file}: row {number}"
         yield place, _mapping(row, place)
+
+
+def _object_per_line(text: str) -> bool:
+    """Whether the text is JSON lines under the ending of JSON: its first line is one whole object, and more follow."""
+    first, _, rest = text.partition("\n")
+    try:
+        return bool(rest.strip()) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parsed(text: str, file: Path, first_line: int, form: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -162,6 +162,38 @@ class Chat:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Vision:
+    """How a family reads images."""
+
+    processor: str
+    """`package.module:Class` of transformers' processor."""
+    mark: str
+    """What the chat template writes where an image stands."""
+    tokens: tuple[str, ...]
+    """Tokens that stand for images, or around them: they are read and never trained."""
+    image: str
+    """The one of `tokens` that a part of an image is put in the place of."""
+    parts: Mapping[str, str]
+    """`vision`, `language`, `attention` and `mlp` to the regular expression of what is in the paths of their linear
+    layers: for `adapter.parts`."""
+    tiny: Mapping[str, Any]
+    """Arguments of the image processor for a tiny model."""
+    image_processor: str
+    """transformers' class of it, without torchvision."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the processor itself for a tiny model."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Attributes of a tiny model's tokenizer, such as `boi_token`, to tokens."""
+    token_types: str | None = None
+    """The model's input that tells tokens of images (1) from others (0)."""
+    expands: bool = True
+    """Whether the processor writes a token for each part of an image; if not, the mark stands for it."""
+    inputs: str = "ftcore.vision:image_inputs"
+    """`package.module:function`, called with the processor, the images of each row, and their token ids; returns the
+    model's further inputs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
     """What a family cannot do: refused in the plan."""
 
@@ -199,6 +231,10 @@ class ModelFamily:
     """Settings that the family's authors recommend, by kind of checkpoint (`instruct`, `thinking`, ...), with the names
     of transformers' `GenerationConfig`; empty where they recommend none."""
     limits: tuple[Limit, ...] = ()
+    vision: Vision | None = None
+    """How it reads images; None for a family that does not."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Values that the checkpoint's config is loaded with; a trainer adds its own, such as the names of classes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +258,9 @@ class DataFormat:
     `prompt` and `chosen` is no row of `prompts`."""
     media: tuple[str, ...] = ()
     """Columns that name files; a relative path is one beside the file with the rows."""
+    opens: str | None = None
+    """`package.module:function`, called with the path or the bytes of each of those files; returns why it cannot be
+    read, or None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +279,17 @@ class TrainerSpec:
     """Names of those arguments that ftcore's own keys set, so that `trainer.args` may not."""
     fuses: frozenset[str] = frozenset()
     """Roles that a foreign trainer takes over itself, so that no kernel is put there."""
+    auto_class: str | None = None
+    """Auto class that loads the model with the head that is trained; None keeps the family's."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the model's config that the head needs, such as `id2label`."""
+    measures: tuple[str, ...] = ()
+    """What is measured on held-out rows besides the loss: `accuracy` is logged as `eval_accuracy`."""
+
+    def headed(self, family: ModelFamily) -> ModelFamily:
+        """The family with the head that this trainer trains."""
+        auto_class = self.auto_class or family.auto_class
+        return replace(family, auto_class=auto_class, settings={**family.settings, **self.settings})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,7 +48,7 @@ def _problem(key: str, full: str, path: str, node: DictConfig, declared: list[st
         fix = f"did you mean {path + '.' if path else ''}{near}?"
     elif elsewhere:
         fix = f"did you mean {' or '.join(elsewhere)}?"
-    elif len(known) > 8 and path in KINDS:
+    elif len(known) > 10 and path in KINDS:
         fix = f"`ftcore plugins {path}/{owner}` lists its {len(known)} keys"
     elif path:
         fix = f"its keys are {', '.join(known)}" if known else f"leave it out: {owner} has no keys"

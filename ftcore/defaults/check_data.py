@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
+from pathlib import Path
 
 from ftcore.config import DataConfig
 from ftcore.errors import Exit, Problem, Refused
 from ftcore.manager import import_function
-from ftcore.rows import Row, hub_rows, iter_rows, local_files, row_problem
-from ftcore.specs import Plan
+from ftcore.media import files_of, missing
+from ftcore.rows import Row, hub_rows, iter_rows, local_files, row_problem, sources
+from ftcore.specs import DataFormat, Plan
+from ftcore.templates import read
 
 STREAMED = 1000
 """Rows of a streamed data set that are checked beforehand."""
@@ -46,26 +50,60 @@ def check_evaluation(plan: Plan) -> Iterator[Problem]:
         )
 
 
+def check_sources(plan: Plan) -> Iterator[Problem]:
+    """Weights fit the paths, and the chat template is there."""
+    data = plan.run.data
+    if data is None:
+        return
+    count = len(sources(data.path)) if data.path is not None else 1
+    if data.weights and len(data.weights) != count:
+        message = f"has {len(data.weights)} numbers for {count} {'path' if count == 1 else 'paths'}"
+        yield Problem("data.weights", message, "give one for each path: 'data.path=[a.jsonl,b.jsonl]'")
+    elif data.weights and not all(0 < weight < math.inf for weight in data.weights):
+        yield Problem("data.weights", f"is {data.weights}", "give numbers above 0")
+    if data.template is not None:
+        try:
+            read(data.template)
+        except Refused as refused:
+            yield from refused.problems
+
+
 def check_rows(plan: Plan) -> Iterator[Problem]:
     """The files are there, and their rows are what the format says."""
     form, data = plan.format, plan.run.data
     if form is None or data is None or plan.trainer is None:
         return
-    check = import_function(form.check, "data")
-    for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
+    paths = [("data.path", path) for path in (sources(data.path) if data.path is not None else ())]
+    for key, path in [*paths, *([("data.eval_path", data.eval_path)] if data.eval_path else [])]:
         try:
-            files = local_files(path, key) if path else []
-            if files is None:
-                assert path is not None
-                yield from _rows(islice(hub_rows(path, data.split, key), FROM_HUB), check, path)
-            elif files and data.split != DataConfig().split:
-                yield Problem("data.split", f"the local file {path} has no splits", "leave data.split out")
-            for file in files or ():
-                yield from _rows(islice(iter_rows(file), STREAMED if data.streaming else None), check, str(file))
+            yield from _source(key, path, data, form)
         except Refused as refused:
             yield from refused.problems
-    if data.eval_size and not (data.eval_path or data.streaming):
-        yield from _split(data.eval_size, data.path or form.sample)
+    if data.eval_size and not (data.eval_path or data.streaming or data.weights):
+        yield from _split(data.eval_size, sources(data.path or form.sample))
+
+
+def _source(key: str, path: str, data: DataConfig, form: DataFormat) -> Iterator[Problem]:
+    check = import_function(form.check, "data")
+    files = local_files(path, key)
+    if files is None:
+        yield from _rows(islice(hub_rows(path, data.split, key, data.subset), FROM_HUB), check, path)
+        return
+    for name in ("split", "subset"):
+        if (asked := getattr(data, name)) != getattr(DataConfig(), name):
+            message = f"the local file {path} has no {name}s, so '{asked}' cannot apply"
+            yield Problem(f"data.{name}", message, f"leave data.{name} out")
+    for file in files:
+        rows = islice(iter_rows(file), STREAMED if data.streaming else None)
+        yield from _rows(rows, partial(_checked, check=check, form=form, folder=file.parent), str(file))
+
+
+def _checked(row: Row, check: Callable[[Row], str | None], form: DataFormat, folder: Path) -> str | None:
+    reason = check(row) or missing(row, form.media, folder)
+    if reason or form.opens is None:
+        return reason
+    opens: Callable[[Path | bytes], str | None] = import_function(form.opens, "data")
+    return next(filter(None, map(opens, files_of(row, form.media, folder))), None)
 
 
 def _rows(rows: Iterable[tuple[str, Row]], check: Callable[[Row], str | None], source: str) -> Iterator[Problem]:
@@ -82,11 +120,11 @@ def _rows(rows: Iterable[tuple[str, Row]], check: Callable[[Row], str | None], s
         yield Problem(source, "holds no rows", "give a file with at least one row", Exit.DATA)
 
 
-def _split(size: float, path: str) -> Iterator[Problem]:
-    files = local_files(path)
-    if files is None:
+def _split(size: float, paths: list[str]) -> Iterator[Problem]:
+    places = [local_files(path) for path in paths]
+    if None in places:
         return
-    rows = sum(1 for file in files for _ in iter_rows(file))
+    rows = sum(1 for files in places for file in files or () for _ in iter_rows(file))
     held_out = math.ceil(rows * size) if size < 1 else int(size)
     if held_out >= rows:
         message = f"holds out {held_out} of {rows} rows, which leaves none to train on"

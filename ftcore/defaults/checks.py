@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ftcore import checkpoint
+from ftcore import checkpoint, rope, vocabulary
 from ftcore.catalog import installed
 from ftcore.defaults.check_data import check_evaluation, check_rows, check_sources
 from ftcore.defaults.check_trainer import check_arguments, check_numbers
@@ -117,8 +117,8 @@ def _combinations(plan: Plan) -> Iterator[Problem]:
     elif run.memory_limit is not None and run.memory.value != "auto":
         message = f"is for memory=auto, and memory is {run.memory.value}"
         yield Problem("memory_limit", message, "leave one of the two out")
-    if run.model and run.model.new_tokens:
-        yield Problem("model.new_tokens", "adding tokens is not built yet", "leave it empty")
+    if run.model:
+        yield from vocabulary.problems(run.model.new_tokens)
 
 
 def _limits(plan: Plan) -> Iterator[Problem]:
@@ -201,12 +201,13 @@ def _context(plan: Plan) -> Iterator[Problem]:
         return
     if own is None:
         return
-    if model.max_length and model.max_length > own and not model.rope_scaling:
+    if model.max_length and model.max_length > own and not rope.scaling(model, plan.family):
         fix = f"add 'model.rope_scaling={{rope_type: yarn, factor: {math.ceil(model.max_length / own)}}}'"
-        yield Problem("model.max_length", f"is past the checkpoint's own context of {own} tokens", fix)
+        message = f"is past the checkpoint's own context of {own} tokens, and its RoPE is no plain one to scale"
+        yield Problem("model.max_length", message, fix)
     longest = model.max_length or own
     if trainer is not None and trainer.max_length > longest:
-        fix = f"use trainer.max_length={longest}, or set model.max_length and model.rope_scaling"
+        fix = f"use trainer.max_length={longest}, or model.max_length={trainer.max_length}, which scales RoPE"
         yield Problem(
             "trainer.max_length", f"{trainer.max_length} tokens are more than the model's context of {longest}", fix
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ftcore import checkpoint, templates
+from ftcore import checkpoint, rope, templates, vocabulary
+from ftcore.errors import Problem, Refused
 from ftcore.hooks import hookimpl
 from ftcore.specs import PatchReport, Phase, Plan
 
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 @hookimpl(trylast=True)
 def ftcore_load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
-    """AutoTokenizer; a missing pad token becomes the end token; `data.template` or, if none is there, the family's."""
+    """AutoTokenizer; a missing pad token becomes the end token, and new tokens are added.
+
+    The chat template is that of `data.template`, the tokenizer's own, or else the family's.
+    """
     from transformers import AutoTokenizer
 
     assert plan.run.model is not None
@@ -29,6 +33,11 @@ def ftcore_load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = templates.read(plan.run.data.template)
     elif not tokenizer.chat_template and plan.family.chat_template:
         tokenizer.chat_template = plan.family.chat_template
+    vocabulary.add(tokenizer, model.new_tokens)
+    if plan.family.vision:
+        from ftcore import vision
+
+        vision.attach(tokenizer, checkpoint.locate(model, plan.family), plan.family, model.revision)
     return tokenizer
 
 
@@ -47,11 +56,14 @@ def ftcore_load_model(plan: Plan, quantization: Any | None) -> PreTrainedModel:
         options["device_map"] = {"": torch.cuda.current_device()}  # straight to the GPU, never whole in host memory
     if model.rope_scaling or model.max_length:
         options["config"] = _stretched(plan)
+    else:
+        options |= plan.family.settings
     if any("attention_softcap" in role.traits for role in plan.family.roles):
         options["attn_implementation"] = "eager"  # SDPA leaves the cap out, and transformers 5.17 would take it
     auto = getattr(transformers, plan.family.auto_class)
     loaded: PreTrainedModel = auto.from_pretrained(checkpoint.locate(model, plan.family), **options)
-    loaded.config.use_cache = False
+    vocabulary.grown(plan, loaded)
+    loaded.config.use_cache = loaded.config.get_text_config().use_cache = False
     _stay_differentiable(loaded)
     return loaded
 
@@ -62,13 +74,17 @@ def _stretched(plan: Plan) -> Any:
 
     assert plan.run.model is not None
     model = plan.run.model
-    config = AutoConfig.from_pretrained(checkpoint.locate(model, plan.family), revision=model.revision)
+    place = checkpoint.locate(model, plan.family)
+    config = AutoConfig.from_pretrained(place, revision=model.revision, **plan.family.settings)
     text = config.get_text_config()
-    if model.rope_scaling:
+    if scaled := rope.scaling(model, plan.family):
+        if not model.rope_scaling and not rope.plain({"rope_parameters": text.rope_parameters}):
+            message = "is past the checkpoint's own context, and its RoPE is no plain one to scale"
+            raise Refused(Problem("model.max_length", message, "set model.rope_scaling for this model"))
         # What the scaling stretches is the checkpoint's own context, not the longer one that is set below.
         own = {"original_max_position_embeddings": text.max_position_embeddings}
-        known = own if model.rope_scaling.get("rope_type") in ORIGINAL_CONTEXT else {}
-        text.rope_parameters = {**(text.rope_parameters or {}), **known, **model.rope_scaling}
+        known = own if scaled.get("rope_type") in ORIGINAL_CONTEXT else {}
+        text.rope_parameters = {**(text.rope_parameters or {}), **known, **scaled}
     if model.max_length:
         text.max_position_embeddings = model.max_length
     return config

@@ -31,11 +31,13 @@ class PlanMaker:
                 Problem("model", "no model is selected", "add +model=NAME; `ftcore plugins model` lists them")
             )
         family = hooks.first(specs.ftcore_model_family, config=config.model)
+        trainer = hooks.first(specs.ftcore_trainer_spec, config=config.trainer) if config.trainer else None
+        family = trainer.headed(family) if trainer else family
         return Plan(
             run=config,
             family=family,
             format=hooks.maybe(specs.ftcore_data_format, config=config.data) if config.data else None,
-            trainer=hooks.first(specs.ftcore_trainer_spec, config=config.trainer) if config.trainer else None,
+            trainer=trainer,
             kernels=tuple(hooks.collect(specs.ftcore_kernels, family=family, device=device)),
             device=device,
             output_dir=_output_dir(config),

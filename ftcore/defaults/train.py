@@ -45,7 +45,8 @@ def ftcore_train(plan: Plan, trainer: Trainer) -> TrainReport:
                 )
             )
     elif trainer.eval_dataset is not None:
-        metrics |= {f"{name}_before": value for name, value in trainer.evaluate().items() if name == "eval_loss"}
+        kept = {"eval_loss", *(f"eval_{name}" for name in (plan.trainer.measures if plan.trainer else ()))}
+        metrics |= {f"{name}_before": value for name, value in trainer.evaluate().items() if name in kept}
     output = trainer.train(resume_from_checkpoint=resume)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if losses:

@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ftcore import hooks as h
 from ftcore import pipeline
+from ftcore.catalog import installed
 from ftcore.config import RunConfig
 from ftcore.errors import Exit, Problem, Refused
+from ftcore.manager import Hooks, import_plugin
 from ftcore.record import TRAINED
-from ftcore.specs import Loaded
+from ftcore.specs import Loaded, Plan
 
 
 def trained_config(config: RunConfig) -> RunConfig:
@@ -37,6 +40,16 @@ def trained_config(config: RunConfig) -> RunConfig:
 
 def load_trained(config: RunConfig) -> Loaded:
     """Load what `run` trained, or the plain model when no run is named."""
-    config = replace(trained_config(config), trainer=None, data=None, extra={}, reward={}, rewards=[])
-    hooks, plan = pipeline.prepare(config)
-    return pipeline.load(hooks, plan)
+    return pipeline.load(*prepared(config))
+
+
+def prepared(config: RunConfig) -> tuple[Hooks, Plan]:
+    """The hooks and the plan that load what `run` trained, with the head that its trainer gave the model."""
+    bare = replace(trained_config(config), trainer=None, data=None, extra={}, reward={}, rewards=[])
+    if config.trainer is None:
+        return pipeline.prepare(bare)
+    module = installed().find("trainer", config.trainer.name).load()
+    also = getattr(module, "LOADED_WITH", None)
+    hooks, plan = pipeline.prepare(bare, [import_plugin(also, "trainer")] if also else [])
+    spec = Hooks.for_run(RunConfig(), installed(), [module]).first(h.ftcore_trainer_spec, config=config.trainer)
+    return hooks, replace(plan, family=spec.headed(plan.family))

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 from ftcore.answers import answer
+from ftcore.errors import Problem, Refused
 from ftcore.report import note, paragraph
 from ftcore.tasks._config import config_of
 from ftcore.tasks._trained import load_trained
@@ -16,6 +17,10 @@ def main(argv: list[str]) -> int:
     """A conversation; an empty line starts a new one, end of input ends it. Without `run`: the base model."""
     config = config_of(argv)
     loaded = load_trained(replace(config, export={}))
+    writes = getattr(loaded.model, "can_generate", None)
+    if writes is not None and not writes():
+        message = f"{loaded.plan.family.auto_class} writes no text"
+        raise Refused(Problem("run", message, "use the trained folder with transformers' pipeline"))
     sampling = config.sampling
     opening = [{"role": "system", "content": sampling.system}] if sampling.system else []
     messages = list(opening)

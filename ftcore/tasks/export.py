@@ -8,7 +8,7 @@ from ftcore import pipeline
 from ftcore.errors import Problem, Refused
 from ftcore.report import heading, size, table
 from ftcore.tasks._config import config_of, need_run
-from ftcore.tasks._trained import trained_config
+from ftcore.tasks._trained import prepared
 
 
 def main(argv: list[str]) -> int:
@@ -22,10 +22,7 @@ def main(argv: list[str]) -> int:
             )
         )
     target = config.output_dir if any(w.startswith("output_dir=") for w in argv) else config.run
-    config = replace(
-        trained_config(config), trainer=None, data=None, extra={}, reward={}, rewards=[], output_dir=target
-    )
-    hooks, plan = pipeline.prepare(config)
+    hooks, plan = prepared(replace(config, output_dir=target))
     artifacts = pipeline.export(hooks, pipeline.load(hooks, plan))
     heading("Written")
     table((a.target, a.path, size(a.size), a.note) for a in artifacts)

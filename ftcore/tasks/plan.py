@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from ftcore import checkpoint, pipeline
+from ftcore import checkpoint, pipeline, rope, vocabulary
 from ftcore import hooks as h
 from ftcore.config import Memory
 from ftcore.manager import Hooks, spec_names
 from ftcore.memory import micro_batch, wants_recompute
 from ftcore.patching import INSIDE
 from ftcore.report import heading, note, table
+from ftcore.rows import iter_rows, local_files, sources
 from ftcore.specs import PatchReport, Phase, Plan
 from ftcore.tasks._config import config_of
 
@@ -40,6 +41,7 @@ def on_meta(hooks: Hooks, plan: Plan) -> tuple[Any, PatchReport]:
     auto = getattr(transformers, plan.family.auto_class)
     with torch.device("meta"):
         model = auto.from_config(checkpoint.config_of(plan.run.model, plan.family), dtype=torch.bfloat16)
+        vocabulary.grown(plan, model)
     base = hooks.first(h.ftcore_patch_model, plan=plan, model=model, phase=Phase.BASE)
     if not (plan.run.adapter and getattr(plan.run.adapter, "path", None)):
         with torch.device("meta"):
@@ -55,12 +57,15 @@ def _settings(plan: Plan, model: Any) -> Iterable[tuple[str, str]]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     yield "model", f"{run.model.name}, {checkpoint.find(run.model, plan.family)}"
     yield "device", f"{plan.device.name}, computing in {plan.dtype}"
+    if scaled := rope.scaling(run.model, plan.family):
+        length = run.model.max_length or checkpoint.context_length(run.model, plan.family)
+        yield "context", f"{length or 0:,} tokens, RoPE scaled by {scaled.get('rope_type')} x{scaled.get('factor', 1):g}"
     yield "weights", f"{run.quantizer.name} (frozen layers)" if run.quantizer else plan.dtype
     yield "adapter", run.adapter.name if run.adapter else "none"
     yield "parameters", f"{total:,} in all, {trained:,} trained ({trained / total:.2%})"
     if run.trainer and plan.format:
         rows = _count_rows(plan)
-        source = run.data.path if run.data and run.data.path else "shipped sample"
+        source = ", ".join(sources(run.data.path)) if run.data and run.data.path else "shipped sample"
         yield "data", f"{source} as {plan.format.name}, {_or_unknown(rows)} rows"
         micro = micro_batch(plan)
         yield "trainer", run.trainer.name
@@ -78,15 +83,13 @@ def _settings(plan: Plan, model: Any) -> Iterable[tuple[str, str]]:
 
 
 def _count_rows(plan: Plan) -> int | None:
-    from ftcore.rows import iter_rows, local_files
-
     assert plan.format is not None and plan.run.data is not None
-    if plan.run.data.streaming:
+    if plan.run.data.streaming or plan.run.data.weights:
         return None
-    files = local_files(plan.run.data.path or plan.format.sample)
-    if files is None:
+    places = [local_files(path) for path in sources(plan.run.data.path or plan.format.sample)]
+    if None in places:
         return None
-    rows = sum(1 for file in files for _ in iter_rows(file))
+    rows = sum(1 for files in places for file in files or () for _ in iter_rows(file))
     held = plan.run.data.eval_size if not plan.run.data.eval_path else 0
     return rows - math.ceil(rows * held if held < 1 else held)
 

@@ -8,8 +8,10 @@ from dataclasses import MISSING, Field, fields
 
 from ftcore.catalog import Option, field_help, installed, nearest
 from ftcore.config import KINDS
+from ftcore.coverage import family_of
 from ftcore.errors import FtcoreError, Problem, Refused
 from ftcore.report import heading, note, table
+from ftcore.tasks._family import describe
 
 
 def main(argv: list[str]) -> int:
@@ -58,6 +60,8 @@ def _describe(option: Option) -> None:
         else f"{option.kind}.{option.name}"
     )
     table((f"{prefix}.{f.name}", _type(f), _default(f), helps[f.name]) for f in fields(cls) if f.name != "name")
+    if option.kind == "model" and (family := family_of(option)):
+        describe(family)
     heading("Hooks")
     table((name,) for name in _hooks(option))
     if requires := getattr(module, "REQUIRES", ()):

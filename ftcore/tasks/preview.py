@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 from ftcore import hooks as h
 from ftcore import pipeline
-from ftcore.errors import Problem, Refused
+from ftcore.chat import render
+from ftcore.config import TrainerConfig
+from ftcore.defaults.check_data import check_rows
+from ftcore.errors import Problem, Refused, refuse
 from ftcore.report import heading, note
+from ftcore.specs import Plan, Shape, TrainerSpec
 from ftcore.tasks._config import config_of
-from ftcore.tokens import IGNORED, render
+from ftcore.tokens import IGNORED, TOKENIZED
 
 MARK = ("[[", "]]")
 """Around trained text where there are no colours."""
@@ -25,7 +30,7 @@ def main(argv: list[str]) -> int:
         raise Refused(Problem("preview.rows", f"is {config.preview.rows}", "give a number above 0"))
     hooks, plan = pipeline.prepare(config)
     if plan.trainer is None:
-        raise Refused(Problem("trainer", "the rows depend on the trainer, and none is selected", "add +trainer=sft"))
+        plan = _without_trainer(plan)
     tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
     raw = hooks.first(h.ftcore_load_dataset, plan=plan)
     dataset = hooks.first(h.ftcore_format_dataset, plan=plan, dataset=raw, tokenizer=tokenizer)
@@ -35,19 +40,35 @@ def main(argv: list[str]) -> int:
     rows = dataset[split]
     for number, row in zip(range(1, plan.run.preview.rows + 1), rows, strict=False):
         show_row(number, row, tokenizer)
-    if plan.trainer.tokenized:
+    assert plan.trainer is not None and plan.run.data is not None
+    if plan.trainer.tokenized and not plan.run.data.streaming:
         note(f"\n{summary(rows)}")
     return 0
 
 
+def _without_trainer(plan: Plan) -> Plan:
+    """The plan as any trainer that takes the rows would have it, so that rows can be looked at before one is chosen.
+
+    Raises Refused when no format is selected, or when rows are bad.
+    """
+    if plan.format is None:
+        raise Refused(Problem("data", "no format is selected", "use data=auto"))
+    shape = plan.format.shape
+    tokenized = shape in TOKENIZED or (shape == Shape.IMAGES and plan.family.vision is not None)
+    spec = TrainerSpec(accepts=frozenset({shape}), tokenized=tokenized)
+    plan = replace(plan, run=replace(plan.run, trainer=TrainerConfig()), trainer=spec)
+    refuse([*check_rows(plan)])
+    return plan
+
+
 def show_row(number: int, row: dict[str, Any], tokenizer: Any) -> None:
-    """One row: token ids decoded piece by piece, or the prompt that a generator will see."""
+    """One row: token ids decoded piece by piece, or what a trainer is given that makes the tokens itself."""
     if "input_ids" not in row:
         heading(f"Row {number}")
-        note(render(tokenizer, row["prompt"], generate=True))
         for name, value in row.items():
-            if name != "prompt":
-                note(f"  {name}: {value}")
+            note(f"  {name}: {_shown(value)}")
+        if _is_conversation(row.get("prompt")):
+            note(render(tokenizer, row["prompt"], generate=True, tools=row.get("tools")))
         return
     ids, labels = row["input_ids"], row["labels"]
     trained = sum(label != IGNORED for label in labels)
@@ -67,6 +88,19 @@ def show_row(number: int, row: dict[str, Any], tokenizer: Any) -> None:
                 for piece, is_trained in pieces(ids, labels, tokenizer)
             )
         )
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
+def _shown(value: Any) -> str:
+    """A value in one line: turns as `role: words`, media as what they are, not as their bytes."""
+    if _is_conversation(value):
+        return " | ".join(f"{m['role']}: {m.get('content') or m.get('tool_calls')}" for m in value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_shown, value))}]"
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
 
 
 def pieces(ids: Sequence[int], labels: Sequence[int], tokenizer: Any) -> Iterator[tuple[str, bool]]:

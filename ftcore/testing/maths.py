@@ -76,9 +76,9 @@ def assert_same_maths(overrides: Sequence[str], kernel_set: str, tolerance: floa
     return ours.patches
 
 
-def assert_same_logits(ours: Loaded, theirs: Loaded, tolerance: float) -> None:
+def assert_same_logits(ours: Loaded, theirs: Loaded, tolerance: float, batch: Any = None) -> None:
     """Both models say the same."""
-    batch = runs.batch_for(ours.model)
+    batch = batch or runs.batch_for(ours.model)
     distance = apart(runs.logits_of(ours.model, batch), runs.logits_of(theirs.model, batch))
     assert distance <= tolerance, f"logits differ by {distance:.2e}"
 

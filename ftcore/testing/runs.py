@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ftcore.errors import Problem
     from ftcore.manager import Hooks
     from ftcore.specs import Loaded, Plan
 
@@ -33,6 +34,17 @@ def prepared(overrides: Sequence[str]) -> tuple[Hooks, Plan]:
     from ftcore.api import validated
 
     return pipeline.prepare(validated(list(overrides)))
+
+
+def refusals(overrides: Sequence[str]) -> Sequence[Problem]:
+    """What the plan of a run refuses."""
+    from ftcore.errors import Refused
+
+    try:
+        prepared(overrides)
+    except Refused as refused:
+        return refused.problems
+    return ()
 
 
 def loaded(overrides: Sequence[str]) -> Loaded:
@@ -68,6 +80,38 @@ def batch_for(model: Any, length: int = 12) -> dict[str, torch.Tensor]:
     }
 
 
+def batch_with_images(overrides: Sequence[str], rows: Sequence[int] = (0, 2)) -> dict[str, torch.Tensor]:
+    """Shipped rows with images, as the SFT trainer gets them; one is shorter and padded."""
+    from ftcore import hooks as h
+
+    hooks, plan = prepared([*overrides, "data=images", "+trainer=sft"])
+    tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
+    raw = hooks.first(h.ftcore_load_dataset, plan=plan)
+    dataset = hooks.first(h.ftcore_format_dataset, plan=plan, dataset=raw, tokenizer=tokenizer)["train"]
+    collator = hooks.first(h.ftcore_make_collator, plan=plan, tokenizer=tokenizer)
+    batch: dict[str, torch.Tensor] = collator([dataset[row] for row in rows])
+    return batch
+
+
+def document(length: int) -> dict[str, torch.Tensor]:
+    """One row `[1, length]` of bytes without padding; its first third is not trained."""
+    import torch
+
+    ids = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(length))
+    labels = ids.clone()
+    labels[:, : max(length // 3, 1)] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def packed(documents: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The documents in one row, told apart by their positions, as packing collators do it."""
+    import torch
+
+    row = {name: torch.cat([one[name] for one in documents], dim=1) for name in ("input_ids", "labels")}
+    positions = [torch.arange(one["input_ids"].shape[1]) for one in documents]
+    return row | {"position_ids": torch.cat(positions).unsqueeze(0)}
+
+
 def shake(model: nn.Module, trainable_only: bool = False) -> None:
     """Move every weight off its start: norms of exactly 1 and adapters of exactly 0 would hide mistakes."""
     import torch
@@ -81,7 +125,7 @@ def shake(model: nn.Module, trainable_only: bool = False) -> None:
 
 
 def logits_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits in evaluation mode, of the tokens that are not padding, in float32 on the CPU."""
+    """Logits in evaluation mode, of the tokens that are not padding where there is a mask, in float32 on the CPU."""
     import torch
 
     from ftcore.answers import evaluating
@@ -89,4 +133,4 @@ def logits_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with evaluating(model), torch.no_grad():
         logits: torch.Tensor = model(**inputs).logits
-    return logits[batch["attention_mask"] == 1].float().cpu()
+    return (logits[batch["attention_mask"] == 1] if "attention_mask" in batch else logits).float().cpu()

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ftcore import AdapterConfig, Plan, Problem, hookimpl
 from ftcore.catalog import nearest
 from ftcore.errors import Exit
+from ftcore.parts import PARTS, parts_pattern
+from ftcore.vocabulary import trained_rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +51,11 @@ class Config(AdapterConfig):
     dropout: float = 0.0
     """Dropout on the adapter's input."""
     targets: list[str] = field(default_factory=list)
-    """Names of the adapted linear layers; empty takes all that the family declares."""
+    """Names of the adapted linear layers, and of parameters such as `experts.down_proj`; empty takes all that the
+    family declares."""
+    parts: list[str] = field(default_factory=list)
+    """Of a model that reads images: `vision`, `language`, `attention`, `mlp`; the first two choose its sides, the others
+    the kinds of layers. Empty takes all."""
     variant: Variant = Variant.lora
     """`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353)."""
     init: Init = Init.default
@@ -74,14 +80,16 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
         found.append(Problem("adapter.path", message, "give the folder of a saved adapter", Exit.MISSING_INPUT))
     elif config.path:
         found += _differences(config, Path(config.path) / "adapter_config.json")
-    known = plan.family.lora_targets
+    known = plan.family.lora_targets + plan.family.lora_parameters
     if strange := [t for t in config.targets if t not in known]:
         found.append(
             Problem(
                 "adapter.targets", f"the family has no linear layer '{strange[0]}'", f"its layers: {', '.join(known)}"
             )
         )
-    modules = (*WHOLE, *known)
+    found += _on_parameters(config, _parameters(plan))
+    found += _wrong_parts(plan, config.parts)
+    modules = (*WHOLE, *plan.family.lora_targets)
     if strange := [m for m in config.modules_to_save if m.rpartition(".")[2] not in modules]:
         near = nearest(strange[0], modules)
         fix = f"did you mean '{near}'?" if near else f"known: {', '.join(modules)}"
@@ -95,6 +103,46 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
             )
         )
     return found
+
+
+def _modules(plan: Plan, parameters: list[str]) -> list[str] | str:
+    """The names of the adapted linear layers; for a model that reads images, an expression of their paths."""
+    config, vision = plan.config(Config), plan.family.vision
+    names = [name for name in config.targets or plan.family.lora_targets if name not in parameters]
+    return parts_pattern(vision, config.parts, names) if vision else names
+
+
+def _wrong_parts(plan: Plan, parts: list[str]) -> Iterator[Problem]:
+    """Parts that there are, and layers in them."""
+    vision = plan.family.vision
+    if parts and vision is None:
+        assert plan.run.model is not None
+        message = f"{plan.run.model.name} reads no images, so it has no parts to choose from"
+        yield Problem("adapter.parts", message, "choose layers by name: adapter.targets")
+    elif strange := [part for part in parts if part not in PARTS]:
+        near = nearest(strange[0], PARTS)
+        fix = f"did you mean '{near}'?" if near else f"known: {', '.join(PARTS)}"
+        yield Problem("adapter.parts", f"there is no part '{strange[0]}'", fix)
+
+
+def _parameters(plan: Plan) -> list[str]:
+    """The parameters that get an adapter of their own, besides linear layers."""
+    chosen = plan.config(Config).targets
+    return [name for name in plan.family.lora_parameters if not chosen or name in chosen]
+
+
+def _on_parameters(config: Config, parameters: list[str]) -> Iterator[Problem]:
+    """What PEFT does not have for adapters on parameters: there, no input passes through A and B."""
+    fix = f"leave it out, or give adapter.targets without {', '.join(parameters)}"
+    for key, asked in (
+        ("dropout", bool(config.dropout)),
+        ("variant", config.variant is Variant.dora),
+        ("init", config.init in (Init.pissa, Init.olora)),
+    ):
+        if parameters and asked:
+            value = getattr(config, key)
+            message = f"{getattr(value, 'value', value)} is not possible on experts"
+            yield Problem(f"adapter.{key}", message, fix)
 
 
 def _differences(config: Config, file: Path) -> Iterator[Problem]:
@@ -121,7 +169,7 @@ def _differences(config: Config, file: Path) -> Iterator[Problem]:
 
 @hookimpl
 def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
-    """A PEFT model around the base; A and B stay in float32."""
+    """A PEFT model around the base; A, B and the rows of new tokens stay in float32."""
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import set_seed
 
@@ -129,19 +177,26 @@ def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
     if config.path:
         return PeftModel.from_pretrained(model, config.path, is_trainable=True)
     set_seed(plan.run.trainer.seed if plan.run.trainer else 0)
+    parameters = _parameters(plan)
+    rows = trained_rows(plan, model, [name.rpartition(".")[2] for name in config.modules_to_save])
     init: Any = True if config.init is Init.default else config.init.value
     adapted: nn.Module = get_peft_model(
         model,
         LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=task,
             r=config.r,
             lora_alpha=config.alpha,  # type: ignore[arg-type]
             lora_dropout=config.dropout,
-            target_modules=config.targets or list(plan.family.lora_targets),
+            target_modules=_modules(plan, parameters),
+            target_parameters=parameters or None,
             use_rslora=config.variant is Variant.rslora,
             use_dora=config.variant is Variant.dora,
             init_lora_weights=init,
             modules_to_save=config.modules_to_save or None,
+            trainable_token_indices=rows or None,
         ),
     )
+    for name, weight in adapted.named_parameters():
+        if ".trainable_tokens_delta." in name:
+            weight.data = weight.data.float()
     return adapted

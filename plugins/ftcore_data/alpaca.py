@@ -1,4 +1,7 @@
-"""Instructions as Alpaca has them: `instruction`, optional `input`, `output`, and optional `system` and `history`."""
+"""Instructions as Alpaca and Dolly have them: `instruction`, `output`, and perhaps `input`, `system` and `history`.
+
+Dolly's names for input and output are `context` and `response`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
-from ftcore_data._rows import Row, missing, not_text, sample
+from ftcore_data._messages import Message, answered, asked
+from ftcore_data._rows import MEDIA, Row, first, missing, not_text, sample, unused
+
+OUTPUTS = ("output", "response")
+INPUTS = ("input", "context")
 
 
 @dataclass
@@ -28,9 +35,17 @@ def ftcore_data_format() -> DataFormat:
 
 def check(row: Row) -> str | None:
     """An instruction and an output with words in them; the system message is text, and the history pairs of text."""
-    if reason := missing(row, "instruction", "output") or not_text(row, "instruction") or not_text(row, "output"):
+    output = first(row, OUTPUTS) or OUTPUTS[0]
+    if reason := missing(row, "instruction", output) or unused(row, *MEDIA):
         return reason
-    for column in ("input", "system"):
+    return check_prompt(row) or not_text(row, output)
+
+
+def check_prompt(row: Row) -> str | None:
+    """All but the output."""
+    if reason := not_text(row, "instruction"):
+        return reason
+    for column in (*INPUTS, "system"):
         if row.get(column) is not None and (reason := not_text(row, column, empty_ok=True)):
             return reason
     history = row.get("history") or []
@@ -44,10 +59,15 @@ def check(row: Row) -> str | None:
 
 
 def convert(row: Row) -> dict[str, Any]:
+    """The prompt, and the output as its answer."""
+    output = next(name for name in OUTPUTS if row.get(name) is not None)
+    return {"messages": prompt(row) + answered(row[output])}
+
+
+def prompt(row: Row) -> list[Message]:
     """The input follows the instruction after an empty line, both in the user's message."""
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages = [{"role": "system", "content": row["system"]}] if (row.get("system") or "").strip() else []
     for question, answer in row.get("history") or []:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    asked = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-    messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
-    return {"messages": messages}
+        messages += asked(question) + answered(answer)
+    given = next((row[name] for name in INPUTS if row.get(name)), "")
+    return messages + asked(f"{row['instruction']}\n\n{given}" if given else row["instruction"])

@@ -9,47 +9,89 @@ from ftcore import DataConfig, DataFormat, Problem, Refused, hookimpl
 from ftcore.catalog import installed, nearest
 from ftcore.errors import Exit
 from ftcore.manager import import_function
-from ftcore.rows import hub_rows, iter_rows, local_files, row_problem
-from ftcore_data._rows import NO_COLUMN, Row
+from ftcore.rows import hub_rows, iter_rows, local_files, row_problem, sources
+from ftcore_data._rows import OTHER_FORMAT, Row
 
 SAMPLE = "messages"
 """Format whose shipped rows are used when no data is named."""
 LOOKED_AT = 20
+FORMATS = (
+    "messages",
+    "tools",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "prompts",
+    "preference",
+    "unpaired",
+    "stepwise",
+    "images",
+    "audio",
+    "labels",
+    "pairs",
+    "tokens",
+    "text",
+)
+
+Placed = tuple[str, Row]
 
 
 @dataclass
 class Config(DataConfig):
     """Automatic detection's settings."""
 
-    candidates: list[str] = field(default_factory=lambda: ["messages", "sharegpt", "alpaca", "prompts", "text"])
+    candidates: list[str] = field(default_factory=lambda: list(FORMATS))
     """Formats to try; add the name of an installed one of your own."""
 
 
 @hookimpl
 def ftcore_data_format(config: Config) -> DataFormat:
-    """The one candidate whose check passes on the first rows."""
+    """The one candidate whose check passes on the first rows, of every path."""
     if config.format:
         return _named(config.format)
     if config.path is None:
         return _load(SAMPLE)
-    rows = _first_rows(config.path, config.split)
+    forms = [_load(name) for name in config.candidates]
+    found = {path: _detect(path, config, forms) for path in sources(config.path)}
+    names = {form.name for form in found.values()}
+    if len(names) > 1:
+        each = ", ".join(f"{path} as {form.name}" for path, form in found.items())
+        fix = "bring the rows of all paths into one format"
+        raise Refused(Problem("data.path", f"the paths hold rows of several formats: {each}", fix, Exit.DATA))
+    return next(iter(found.values()))
+
+
+def _detect(path: str, config: Config, forms: list[DataFormat]) -> DataFormat:
+    rows = _first_rows(path, config)
     if not rows:
-        raise Refused(Problem(config.path, "holds no rows", "give a file with at least one row", Exit.DATA))
-    fitting, misfits = [], []
-    for form in map(_load, config.candidates):
-        check = import_function(form.check, "data")
-        bad = next(((number, reason) for number, (_, row) in enumerate(rows) if (reason := check(row))), None)
-        if bad is None:
-            fitting.append(form)
-        else:
-            misfits.append((form, *bad))
+        raise Refused(Problem(path, "holds no rows", "give a file with at least one row", Exit.DATA))
+    misfits = [(form, *bad) for form in forms if (bad := _first_misfit(form, rows)) is not None]
+    fitting = [form for form in forms if form.name not in {misfit[0].name for misfit in misfits}]
+    # A format that a row's columns point to is meant, even where the row is a bad one of it.
+    others = {form.name: reason for form, _, reason in misfits if reason.startswith(OTHER_FORMAT)}
+    over = {general for form in forms if form.name not in others for general in _covered(form, rows)}
+    fitting = [form for form in fitting if form.name not in over]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         names = [form.name for form in fitting]
-        message = f"the rows of {config.path} could be {' or '.join(names)}"
+        message = f"the rows of {path} could be {' or '.join(names)}"
         raise Refused(Problem("data", message, f"say {' or '.join(f'data={name}' for name in names)}", Exit.DATA))
-    raise Refused(_closest(rows, misfits))
+    raise Refused(_closest(rows, [misfit for misfit in misfits if misfit[0].name not in over]))
+
+
+def _first_misfit(form: DataFormat, rows: list[Placed]) -> tuple[int, str] | None:
+    check = import_function(form.check, "data")
+    return next(((number, reason) for number, (_, row) in enumerate(rows) if (reason := check(row))), None)
+
+
+def _covered(form: DataFormat, rows: list[Placed]) -> set[str]:
+    """The more general formats that the rows are not of, since they have columns that only this one reads."""
+    return {
+        general
+        for general, columns in form.over.items()
+        if any(row.get(name) is not None for _, row in rows for name in columns)
+    }
 
 
 def _named(name: str) -> DataFormat:
@@ -66,16 +108,19 @@ def _load(name: str) -> DataFormat:
     return form
 
 
-def _first_rows(path: str, split: str) -> list[tuple[str, Row]]:
+def _first_rows(path: str, config: Config) -> list[Placed]:
     files = local_files(path)
-    rows = hub_rows(path, split) if files is None else (row for file in files for row in iter_rows(file))
+    if files is None:
+        rows = hub_rows(path, config.split, subset=config.subset)
+    else:
+        rows = (row for file in files for row in iter_rows(file))
     return list(islice(rows, LOOKED_AT))
 
 
-def _closest(rows: list[tuple[str, Row]], misfits: list[tuple[DataFormat, int, str]]) -> Problem:
+def _closest(rows: list[Placed], misfits: list[tuple[DataFormat, int, str]]) -> Problem:
     """A row that breaks the format of the rows before it, or that its columns point to, is a bad row of that format."""
-    form, number, reason = max(misfits, key=lambda misfit: (misfit[1], not misfit[2].startswith(NO_COLUMN)))
-    if number or not reason.startswith(NO_COLUMN):
+    form, number, reason = max(misfits, key=lambda misfit: (misfit[1], not misfit[2].startswith(OTHER_FORMAT)))
+    if number or not reason.startswith(OTHER_FORMAT):
         return row_problem(rows[number][0], reason, f" (read as {form.name})")
     place, row = rows[0]
     message = f"no known format has the columns {', '.join(row)}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
-from ftcore_data._rows import Row, check_messages, missing, plain_messages, sample
+from ftcore_data._messages import check_messages, check_tools, plain_messages, with_tools
+from ftcore_data._rows import MEDIA, NO_COLUMN, Row, first, missing, sample, unused
+
+COLUMNS = ("messages", "conversations", "conversation")
 
 
 @dataclass
@@ -31,27 +33,31 @@ def ftcore_data_format() -> DataFormat:
 
 def check(row: Row) -> str | None:
     """Known roles, no empty turn, at least one answer; tools as a list, or as the JSON text of one."""
-    return missing(row, "messages") or check_messages(row["messages"]) or _check_tools(row)
+    column = first(row, COLUMNS)
+    if column is None:
+        return missing(row, COLUMNS[0])
+    if _of_sharegpt(row[column]):
+        return f"{NO_COLUMN} of messages: '{column}' has turns of {{from, value}}\nname the format with data=sharegpt"
+    reason = unused(row, *MEDIA) or check_messages(row[column], column) or check_tools(row)
+    return reason or _no_media(row[column])
 
 
 def convert(row: Row) -> dict[str, Any]:
     """Already in shape; null keys that `datasets` adds go."""
-    tools = _tools(row)
-    return {"messages": plain_messages(row["messages"]), **({"tools": tools} if tools else {})}
+    column = first(row, COLUMNS)
+    assert column is not None
+    return with_tools(plain_messages(row[column]), row)
 
 
-def _tools(row: Row) -> Any:
-    """The row's tools; many data sets keep them as JSON text, since their parameters differ."""
-    tools = row.get("tools")
-    return json.loads(tools.strip() or "[]") if isinstance(tools, str) else tools
-
-
-def _check_tools(row: Row) -> str | None:
-    fix = 'write the tools as [{"type": "function", "function": {...}}, ...], or take the column out'
-    try:
-        tools = _tools(row)
-    except (ValueError, RecursionError) as error:
-        return f"column 'tools' is text that is not JSON: {error}\n{fix}"
-    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        return f"column 'tools' is not a list of objects\n{fix}"
+def _no_media(messages: list[Row]) -> str | None:
+    for number, message in enumerate(messages, 1):
+        for part in message["content"] if isinstance(message.get("content"), list) else ():
+            if part.get("type") in ("image", "audio"):
+                what = part["type"]
+                return f"message {number} has an {what}, but the row has no column for it\nput it into '{what}s'"
     return None
+
+
+def _of_sharegpt(turns: Any) -> bool:
+    turn = turns[0] if isinstance(turns, list) and turns else None
+    return isinstance(turn, dict) and "from" in turn and "role" not in turn

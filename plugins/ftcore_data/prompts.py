@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
-from ftcore_data._rows import NO_COLUMN, Row, check_messages, not_text, plain_messages, sample
+from ftcore_data._messages import asked, check_messages, plain_messages
+from ftcore_data._rows import Row, first, missing_all, not_text, sample
 
 COLUMNS = ("prompt", "question")
 
@@ -31,10 +32,9 @@ def ftcore_data_format() -> DataFormat:
 
 def check(row: Row) -> str | None:
     """A prompt that ends with the user's words."""
-    column = next((c for c in COLUMNS if c in row), None)
+    column = first(row, COLUMNS)
     if column is None:
-        has = ", ".join(row) or "none"
-        return f"{NO_COLUMN} '{COLUMNS[0]}' or '{COLUMNS[1]}' (it has {has})\nrename the column that holds the prompt"
+        return missing_all(row, COLUMNS)
     if isinstance(row[column], list):
         return check_messages(row[column], column, answered=False)
     return not_text(row, column)
@@ -44,5 +44,5 @@ def convert(row: Row) -> dict[str, Any]:
     """The prompt as messages; every other column stays as it is."""
     column = next(c for c in COLUMNS if c in row)
     prompt = row[column]
-    messages = plain_messages(prompt) if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    messages = plain_messages(prompt) if isinstance(prompt, list) else asked(prompt)
     return {**{k: v for k, v in row.items() if k != column}, "prompt": messages}

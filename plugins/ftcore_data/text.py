@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
-from ftcore_data._rows import Row, missing, not_text, sample
+from ftcore_data._rows import MEDIA, Row, missing, not_text, sample, unused
 
 
 @dataclass
@@ -28,7 +28,7 @@ def ftcore_data_format() -> DataFormat:
 
 def check(row: Row) -> str | None:
     """Words in `text`. Blank lines of a .txt file are skipped when it is read, so they are no fault."""
-    return missing(row, "text") or not_text(row, "text")
+    return missing(row, "text") or unused(row, *MEDIA) or not_text(row, "text")
 
 
 def convert(row: Row) -> dict[str, Any]:

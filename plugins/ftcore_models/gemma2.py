@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftcore import ModelConfig, ModelFamily, Role, hookimpl
+from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
 from ftcore_models._llama_like import LORA_TARGETS, TINY
 
 OFFSET = frozenset({"unit_offset"})
@@ -65,4 +65,6 @@ def ftcore_model_family() -> ModelFamily:
             "final_logit_softcapping": 3.0,
         },
         shapes=SHAPES,
+        checkpoints=tuple(f"google/gemma-2-{size}-it" for size in ("2b", "9b", "27b")),
+        chat=Chat(turn_ends=("<end_of_turn>",), system=False),
     )

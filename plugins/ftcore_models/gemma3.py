@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftcore import ModelConfig, ModelFamily, Role, hookimpl
+from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
 from ftcore_models._llama_like import LORA_TARGETS, TINY
 
 OFFSET = frozenset({"unit_offset"})
@@ -29,6 +29,7 @@ SHAPES = {
     "gemma3-270m": _COMMON | {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18},
     "gemma3-1b": _COMMON | {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},
 }
+SAMPLING = {"instruct": {"temperature": 1.0, "top_k": 64, "top_p": 0.95}}
 
 
 @dataclass
@@ -59,4 +60,7 @@ def ftcore_model_family() -> ModelFamily:
             "layer_types": ["sliding_attention", "full_attention"],
         },
         shapes=SHAPES,
+        checkpoints=("google/gemma-3-1b-it", "google/gemma-3-270m-it", "google/gemma-3-1b-pt", "google/gemma-3-270m"),
+        chat=Chat(turn_ends=("<end_of_turn>",)),
+        sampling=SAMPLING,
     )

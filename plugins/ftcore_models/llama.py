@@ -1,10 +1,10 @@
-"""Llama 3, 3.1, 3.2 and 3.3, and every other checkpoint of type `llama`."""
+"""Llama 3, 3.1, 3.2 and 3.3, DeepSeek-R1's Llama distillations, and every other checkpoint of type `llama`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftcore import ModelConfig, ModelFamily, Role, hookimpl
+from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
 from ftcore_models._llama_like import LORA_TARGETS, TINY
 
 ROLES = (
@@ -50,6 +50,17 @@ SHAPES = {
         "rope_parameters": {**_ROPE, "factor": 8.0},
     },
 }
+CHECKPOINTS = (
+    "meta-llama/Meta-Llama-3-8B-Instruct",
+    "meta-llama/Meta-Llama-3-70B-Instruct",
+    "meta-llama/Llama-3.1-8B-Instruct",
+    "meta-llama/Llama-3.1-70B-Instruct",
+    "meta-llama/Llama-3.2-1B-Instruct",
+    "meta-llama/Llama-3.2-3B-Instruct",
+    "meta-llama/Llama-3.3-70B-Instruct",
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B",
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-70B",
+)
 
 
 @dataclass
@@ -63,4 +74,16 @@ class Config(ModelConfig):
 @hookimpl
 def ftcore_model_family() -> ModelFamily:
     """Decoder with pre-norm, grouped-query attention, RoPE and SwiGLU."""
-    return ModelFamily(model_types=("llama",), roles=ROLES, lora_targets=LORA_TARGETS, tiny=TINY, shapes=SHAPES)
+    return ModelFamily(
+        model_types=("llama",),
+        roles=ROLES,
+        lora_targets=LORA_TARGETS,
+        tiny=TINY,
+        shapes=SHAPES,
+        checkpoints=CHECKPOINTS,
+        chat=Chat(turn_ends=("<|eot_id|>", "<|eom_id|>")),
+        sampling={
+            "instruct": {"temperature": 0.6, "top_p": 0.9},
+            "thinking": {"temperature": 0.6, "top_p": 0.95},  # R1's distillations
+        },
+    )

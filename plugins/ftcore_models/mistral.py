@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftcore import ModelConfig, ModelFamily, Role, hookimpl
+from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
 from ftcore_models._llama_like import LORA_TARGETS, TINY
 
 # The attention takes its window from the config, not from an attribute of the module.
@@ -51,4 +51,6 @@ def ftcore_model_family() -> ModelFamily:
         lora_targets=LORA_TARGETS,
         tiny=TINY | {"sliding_window": 8},
         shapes=SHAPES,
+        checkpoints=tuple(f"mistralai/Mistral-7B-Instruct-v0.{version}" for version in (3, 2, 1)),
+        chat=Chat(turn_ends=("</s>",)),
     )

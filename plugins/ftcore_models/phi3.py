@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftcore import ModelConfig, ModelFamily, Role, hookimpl
+from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
 from ftcore_models._llama_like import TINY
 
 FUSED = frozenset({"fused_projections"})
@@ -71,4 +71,12 @@ def ftcore_model_family() -> ModelFamily:
             "sliding_window": 8,
         },
         shapes=SHAPES,
+        checkpoints=(
+            "microsoft/Phi-3-mini-4k-instruct",
+            "microsoft/Phi-3-mini-128k-instruct",
+            "microsoft/Phi-3.5-mini-instruct",
+            "microsoft/phi-4",
+            "microsoft/Phi-4-mini-instruct",
+        ),
+        chat=Chat(turn_ends=("<|end|>", "<|im_end|>")),
     )

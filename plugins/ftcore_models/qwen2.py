@@ -1,10 +1,10 @@
-"""Qwen2 and Qwen2.5, dense: Llama's layers with biases on the query, key and value projections."""
+"""Qwen2, Qwen2.5 and DeepSeek-R1's Qwen distillations: Llama's layers with biases on queries, keys and values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftcore import ModelConfig, ModelFamily, Role, hookimpl
+from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
 from ftcore_models._llama_like import LORA_TARGETS, TINY
 
 _ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
@@ -59,4 +59,13 @@ def ftcore_model_family() -> ModelFamily:
         lora_targets=LORA_TARGETS,
         tiny=TINY | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
         shapes=SHAPES,
+        checkpoints=(
+            *(f"Qwen/Qwen2.5-{size}-Instruct" for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")),
+            *(f"deepseek-ai/DeepSeek-R1-Distill-Qwen-{size}" for size in ("1.5B", "7B", "14B", "32B")),
+        ),
+        chat=Chat(turn_ends=("<|im_end|>",)),
+        sampling={
+            "instruct": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
+            "thinking": {"temperature": 0.6, "top_p": 0.95},  # R1's distillations
+        },
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftcore import ModelConfig, ModelFamily, Role, hookimpl
+from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
 from ftcore_models._llama_like import LORA_TARGETS, TINY
 
 SHAPES = {
@@ -21,6 +21,11 @@ SHAPES = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
     }
+}
+CHAT = Chat(turn_ends=("<|im_end|>",), thinking=("<think>", "</think>"))
+SAMPLING = {
+    "instruct": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0},
+    "thinking": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
 }
 
 
@@ -47,4 +52,12 @@ def ftcore_model_family() -> ModelFamily:
         lora_targets=LORA_TARGETS,
         tiny=TINY,
         shapes=SHAPES,
+        checkpoints=(
+            *(f"Qwen/Qwen3-{size}" for size in ("0.6B", "1.7B", "4B", "8B", "14B", "32B")),
+            "Qwen/Qwen3-4B-Instruct-2507",
+            "Qwen/Qwen3-4B-Thinking-2507",
+            "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B",
+        ),
+        chat=CHAT,
+        sampling=SAMPLING,
     )

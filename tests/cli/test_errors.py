@@ -84,6 +84,31 @@ FILES: dict[str, str | bytes] = {
     "numbers.json": "[1]",
     "broken.parquet": "not parquet",
     "rows.docx": "x",
+    "call.jsonl": GOOD
+    + '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": '
+    + '[{"function": {"name": "f", "arguments": "[1"}}]}]}\n',
+    "nameless.jsonl": GOOD.replace("}\n", ', "tools": [{"description": "x"}]}\n'),
+    "weight.jsonl": GOOD.replace('"ho"', '"ho", "weight": 0.5'),
+    "same.jsonl": '{"prompt": "x", "chosen": "y", "rejected": "y"}\n',
+    "apart.jsonl": json.dumps(
+        {
+            name: [{"role": "user", "content": name}, {"role": "assistant", "content": "x"}]
+            for name in ("chosen", "rejected")
+        }
+    ),
+    "wanted.jsonl": '{"prompt": "x", "completion": "y", "label": "good"}\n',
+    "steps.jsonl": '{"prompt": "x", "completions": ["a", "b"], "labels": [true]}\n',
+    "unlabelled.jsonl": '{"text": "x", "label": "y"}\n{"text": "x", "label": null}\n',
+    "score.jsonl": '{"sentence1": "x", "sentence2": "y", "score": "high"}\n',
+    "ids.jsonl": '{"input_ids": [1, 2]}\n{"input_ids": [1, 2], "labels": [1]}\n',
+    "shifted.jsonl": '{"input_ids": [1, 2], "labels": [2, -100]}\n',
+    "images.jsonl": GOOD.replace('"hi"', '"<image><image>"').replace("}\n", ', "images": ["x.png"]}\n'),
+    "picture.jsonl": GOOD.replace("}\n", ', "images": ["x.png"]}\n'),
+    "link.jsonl": '{"audio": "https://example.org/x.wav", "text": "x"}\n',
+    "question.jsonl": '{"question": "x", "answer": "y"}\n',
+    "splits/train.jsonl": GOOD,
+    "splits/test.jsonl": GOOD,
+    "broken.jinja": "{% for m in messages %}\n{{ m }",
     "folder/readme.md": "x",
     # Python files
     "rewards.py": "def length(completions, **_):\n    return [0.0] * len(completions)\n",
@@ -195,7 +220,10 @@ CASES = {
     "type-bool": wrong(f"{SFT} trainer.packing=maybe", CONFIG, "trainer.packing: 'maybe'", "trainer.packing=true or"),
     "type-null": wrong(f"{SFT} trainer.learning_rate=null", CONFIG, "trainer.learning_rate: cannot be null", "leave"),
     "type-list": wrong(f"{SFT} adapter.targets=q_proj", CONFIG, "takes a list", "write adapter.targets=[q_proj]"),
-    "type-text": wrong(f"{SFT} data.path=[a,b]", CONFIG, "data.path: takes one text", "name one"),
+    "type-text": wrong(f"{SFT} data.eval_path=[a,b]", CONFIG, "data.eval_path: takes one text", "name one"),
+    "type-path": wrong(f"{SFT} data.path=3", CONFIG, "data.path: is 3", "a list of them"),
+    "type-paths": wrong(f"{SFT} data.path=[a.jsonl,3]", CONFIG, "data.path: is ['a.jsonl', 3]", "[a.jsonl,b.jsonl]"),
+    "type-no-path": wrong(f"{SFT} data.path=[]", CONFIG, "data.path: is an empty list", "a file, a folder or a hub id"),
     "type-keys": wrong(f"{SFT} trainer.args=3", CONFIG, "trainer.args: takes keys", "write trainer.args.NAME=VALUE"),
     "type-texts": wrong(f"{SFT} prompts=[[a]]", CONFIG, "prompts: item 1 is a list", "write prompts=[text,text]"),
     "enum": wrong(
@@ -316,9 +344,7 @@ CASES = {
     ),
     "two-formats": wrong(f"{SFT} data=messages data.format=alpaca", CONFIG, "data.format", "write data=alpaca"),
     "format": wrong(f"{SFT} data.format=mesages", CONFIG, "data.format", "did you mean data.format=messages?"),
-    "shape-of-rows": wrong(
-        f"{SFT} data.path=prompts.jsonl", CONFIG, "data: prompts rows", "but sft takes messages", "give"
-    ),
+    "shape-of-rows": wrong(f"{SFT} data.path=prompts.jsonl", CONFIG, "data: prompts rows", "but sft takes", "give"),
     "shape-of-the-sample": wrong(f"{GRPO} data=messages", CONFIG, "data: messages rows", "data=prompts"),
     # The trainer library's own arguments.
     "args": wrong(
@@ -476,6 +502,101 @@ CASES = {
     ),
     "row-held-out": wrong(
         f"{SFT} data.path=good.jsonl data.eval_path=role.jsonl", DATA, "role.jsonl:2", "'assistant'?"
+    ),
+    "row-call": wrong(
+        f"{SFT} data.path=call.jsonl", DATA, "call.jsonl:2: message 2 calls f with arguments that are no", '"arguments"'
+    ),
+    "row-nameless-tool": wrong(
+        f"{SFT} data.path=nameless.jsonl",
+        DATA,
+        "nameless.jsonl:1: column 'tools' has a tool without a name",
+        "function",
+    ),
+    "row-weight": wrong(
+        f"{SFT} data.path=weight.jsonl", DATA, "weight.jsonl:1: message 2 has the weight 0.5", "0 to read it only"
+    ),
+    "row-preferred": wrong(
+        f"{SFT} data=preference data.path=same.jsonl data.template=chatml", CONFIG, "preference rows", "but sft takes"
+    ),
+    "row-same-answers": wrong(
+        f"preview {TINY} data.path=same.jsonl", DATA, "same.jsonl:1: has the same answer as chosen", "take the row out"
+    ),
+    "row-no-prompt": wrong(
+        f"preview {TINY} data.path=apart.jsonl", DATA, "apart.jsonl:1: has no prompt", "into a column 'prompt'"
+    ),
+    "row-wanted": wrong(
+        f"preview {TINY} data.path=wanted.jsonl", DATA, "wanted.jsonl:1: column 'label' is text ('good')", "true for a"
+    ),
+    "row-steps": wrong(
+        f"preview {TINY} data.path=steps.jsonl", DATA, "steps.jsonl:1: has 2 steps and 1 labels", "one label for each"
+    ),
+    "row-no-label": wrong(
+        f"preview {TINY} data.path=unlabelled.jsonl", DATA, "unlabelled.jsonl:2: column 'label' is null", "the name or"
+    ),
+    "row-score": wrong(
+        f"preview {TINY} data.path=score.jsonl", DATA, "score.jsonl:1: column 'score' is text, not a number", "0.8"
+    ),
+    "row-ids": wrong(
+        f"{SFT} data.path=ids.jsonl", DATA, "ids.jsonl:2: has 2 input_ids and 1 labels", "-100 to leave it out"
+    ),
+    "row-shifted-labels": wrong(
+        f"{SFT} data.path=shifted.jsonl", DATA, "shifted.jsonl:1: label 1 is neither", "the model shifts them itself"
+    ),
+    "row-images": wrong(
+        f"preview {TINY} data.path=images.jsonl", DATA, "images.jsonl:1: has 1 images and 2 places", "one <image> for"
+    ),
+    "row-no-image": wrong(
+        f"preview {TINY} data.path=picture.jsonl",
+        DATA,
+        "picture.jsonl:1: column 'images': there is no file x.png",
+        "put",
+    ),
+    "row-link": wrong(
+        f"preview {TINY} data.path=link.jsonl", DATA, "link.jsonl:1: column 'audio' is a link", "save the file"
+    ),
+    "row-images-unread": wrong(
+        f"{SFT} data=messages data.path=picture.jsonl",
+        DATA,
+        "picture.jsonl:1: has a column 'images'",
+        "the format that",
+    ),
+    "shape-of-steps": wrong(
+        f"{SFT} data=stepwise", CONFIG, "stepwise rows have the shape 'stepwise', but sft takes", "another trainer"
+    ),
+    "row-question": wrong(
+        f"{SFT} data.path=question.jsonl",
+        DATA,
+        "could be prompt_completion or prompts",
+        "say data=prompt_completion or",
+    ),
+    "paths-of-two-formats": wrong(
+        f"{SFT} data.path=[good.jsonl,text.jsonl]",
+        DATA,
+        "rows of several formats: good.jsonl as messages",
+        "one format",
+    ),
+    "weights": wrong(
+        f"{SFT} data.path=[good.jsonl,good.jsonl] data.weights=[1]",
+        CONFIG,
+        "data.weights: has 1 numbers for 2 paths",
+        "each",
+    ),
+    "weights-of-nothing": wrong(
+        f"{SFT} data.path=[good.jsonl,good.jsonl] data.weights=[1,0]", CONFIG, "data.weights: is [1.0, 0.0]", "above 0"
+    ),
+    "subset": wrong(
+        f"{SFT} data.path=good.jsonl data.subset=main", CONFIG, "data.subset: the local file good.jsonl", "leave"
+    ),
+    "folder-of-splits": wrong(
+        f"{SFT} data.path=splits", CONFIG, "holds both train.jsonl and test.jsonl", "data.eval_path=splits/test.jsonl"
+    ),
+    "template": wrong(f"{SFT} data.template=chatlm", CONFIG, "no chat template 'chatlm'", "data.template=chatml?"),
+    "template-file": wrong(f"{SFT} data.template=mine.jinja", MISSING, "there is no file mine.jinja", "relative"),
+    "template-broken": wrong(
+        f"{SFT} data.template=broken.jinja", DATA, "broken.jinja:2: is no Jinja template", "mend the template"
+    ),
+    "tokens-twice": wrong(
+        f"{SFT} 'model.new_tokens=[a,a]'", CONFIG, "model.new_tokens: 'a' is there 2 times", "name each token once"
     ),
     "rows-none": wrong(f"{SFT} data.path=empty.jsonl", DATA, "empty.jsonl: holds no rows", "at least one row"),
     "csv-columns": wrong(

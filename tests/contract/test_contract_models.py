@@ -1,8 +1,47 @@
 """The contract of every model family."""
 
-from ftcore.testing import ModelContract
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ftcore.api import run
+from ftcore.testing import ModelContract, runs
 
 pytest_plugins = ["ftcore.testing"]
+
+
+class EncoderContract(ModelContract):
+    """What has no next token to predict is trained with a head of its own, and holds no conversations."""
+
+    trained_by = ("+trainer=classify",)
+
+    def test_packed_is_unpacked(self) -> None:
+        problems = runs.refusals([*self.tiny(), "+trainer=sft", "trainer.packing=true"])
+        assert "trainer" in [problem.key for problem in problems]
+        assert all(problem.message and problem.fix for problem in problems)
+
+    def test_three_steps_of_sft(self, tmp_path: Path) -> None:
+        words = [*self.tiny(), *self.trained_by, "trainer.max_steps=3", "trainer.max_length=160"]
+        metrics = run([*words, f"output_dir='{tmp_path / 'run'}'"]).metrics
+        assert metrics["loss_last"] < metrics["loss_first"]
+
+    def test_chat_template_trains_the_answers_and_nothing_else(self) -> None:
+        assert self.family().chat is None
+        assert self.family().limits
+
+
+class TestBert(EncoderContract, ModelContract):
+    plugin = "model/bert"
+
+
+class TestDeepseekV3(ModelContract):
+    plugin = "model/deepseek_v3"
+    absent_targets = ("q_proj",)  # where queries have no latent
+
+
+class TestGemma(ModelContract):
+    plugin = "model/gemma"
 
 
 class TestGemma2(ModelContract):
@@ -13,12 +52,44 @@ class TestGemma3(ModelContract):
     plugin = "model/gemma3"
 
 
+class TestGemma3Vision(ModelContract):
+    plugin = "model/gemma3_vision"
+
+
+class TestGemma3n(ModelContract):
+    plugin = "model/gemma3n"
+
+
+class TestGptOss(ModelContract):
+    plugin = "model/gpt_oss"
+
+
+class TestLfm2(ModelContract):
+    plugin = "model/lfm2"
+
+
 class TestLlama(ModelContract):
     plugin = "model/llama"
 
 
+class TestLlama4(ModelContract):
+    plugin = "model/llama4"
+
+
 class TestMistral(ModelContract):
     plugin = "model/mistral"
+
+
+class TestMixtral(ModelContract):
+    plugin = "model/mixtral"
+
+
+class TestModernBert(EncoderContract, ModelContract):
+    plugin = "model/modernbert"
+
+
+class TestMllama(ModelContract):
+    plugin = "model/mllama"
 
 
 class TestPhi3(ModelContract):
@@ -29,9 +100,41 @@ class TestQwen2(ModelContract):
     plugin = "model/qwen2"
 
 
+class TestQwen25VL(ModelContract):
+    plugin = "model/qwen2_5_vl"
+
+
+class TestQwen2VL(ModelContract):
+    plugin = "model/qwen2_vl"
+
+
 class TestQwen3(ModelContract):
     plugin = "model/qwen3"
 
 
+class TestQwen3Moe(ModelContract):
+    plugin = "model/qwen3_moe"
+
+
+class TestQwen3VL(ModelContract):
+    plugin = "model/qwen3_vl"
+
+
 class TestSmolLM2(ModelContract):
     plugin = "model/smollm2"
+
+
+class TestWhisper(EncoderContract, ModelContract):
+    plugin = "model/whisper"
+    trained_by = ("+trainer=speech",)
+
+    def batch(self, model: Any) -> dict[str, torch.Tensor]:
+        drawn = torch.Generator().manual_seed(1)
+        labels = torch.randint(0, 256, (2, 12), generator=drawn)
+        labels[1, -4:] = -100
+        frames = 2 * model.config.max_source_positions
+        return {
+            "input_features": torch.randn((2, model.config.num_mel_bins, frames), generator=drawn),
+            "decoder_input_ids": labels.clamp(min=0).roll(1, dims=1),
+            "labels": labels,
+        }

@@ -34,6 +34,14 @@ def ftcore_model_family():
 
 TEMPLATE = None
 """
+LFM2 = """
+from dataclasses import replace
+from ftcore_models import lfm2
+
+@hookimpl
+def ftcore_model_family():
+    return replace(lfm2.ftcore_model_family(), REPLACED)
+"""
 REWARD = """
 @hookimpl
 def ftcore_rewards(plan):
@@ -196,6 +204,28 @@ MISTAKES = {
         "model",
         LLAMA.replace("TARGETS = LORA_TARGETS", "TARGETS = ('q_proj', 'w1')"),
         {"test_lora_targets_are_in_the_model"},
+    ),
+    "wrong_parameters": Mistake(
+        "model",
+        LLAMA.replace("lora_targets=TARGETS", "lora_targets=TARGETS[:4], lora_parameters=('gate_proj.weight', 'w1')"),
+        {"test_lora_parameters_are_in_the_model"},
+    ),
+    "packs_what_leaks": Mistake(
+        "model",
+        LFM2.replace("REPLACED", "limits=()"),
+        {"test_packed_is_unpacked"},
+    ),
+    "says_less_than_is_claimed": Mistake(
+        "model",
+        LLAMA
+        + """
+@hookimpl(wrapper=True)
+def ftcore_patch_model(plan, model, phase):
+    report = yield
+    kept = tuple(claim for claim in report.claims if claim.role != "lm_head")
+    return ftcore.specs.PatchReport(claims=kept, skipped=report.skipped)
+""",
+        {"test_coverage_is_what_is_claimed"},
     ),
     "template_without_end": Mistake(
         "model",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ftcore.bytes_tokenizer import CHATML, byte_tokenizer
 from ftcore.errors import Exit, Refused
 from ftcore.specs import Shape
-from ftcore.tokens import IGNORED, tokenize_row
+from ftcore.tokens import IGNORED, RowTokenizer, tokenize_row
 
 TOKENIZER = byte_tokenizer()
 
@@ -70,10 +70,18 @@ def test_any_conversation_is_masked_exactly(turns: list[str], system: str | None
     assert all(label in (IGNORED, token) for token, label in zip(tokens["input_ids"], tokens["labels"], strict=True))
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+def test_a_template_that_rewrites_the_question_is_refused() -> None:
     tokenizer = byte_tokenizer("{{ messages | length }}" + CHATML)
-    with pytest.raises(Refused, match="rewrites earlier turns"):
+    with pytest.raises(Refused, match="what it trains is not certain"):
         tokenize_row(tokenizer, messages("Hi", "Hello."), Shape.MESSAGES, 1000)
+
+
+def test_earlier_turns_that_a_template_rewrites_are_trained_in_texts_of_their_own() -> None:
+    shown = "message['content'] if not loop.last or message['role'] == 'user' else '(' + message['content'] + ')'"
+    tokenizer = byte_tokenizer(CHATML.replace("message['content']", f"({shown})"))
+    rows = RowTokenizer(tokenizer, Shape.MESSAGES, 1000)(messages("Hi", "Hello.", "And?", "Bye."))
+    assert [trained_text(row) for row in rows] == ["(Hello.)<|im_end|>", "(Bye.)<|im_end|>"]
+    assert [TOKENIZER.decode(row["input_ids"]).count("Hello.") for row in rows] == [1, 1]
 
 
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "now", "arguments": {}}}]}

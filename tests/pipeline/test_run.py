@@ -267,16 +267,10 @@ def test_a_longer_context_is_asked_for_and_scaled(tiny_run) -> None:
     longer = "trainer.max_length=4096"
     with pytest.raises(ftcore.Refused, match="more than the model's context of 2048"):
         tiny_run(longer)
-    with pytest.raises(ftcore.Refused, match="rope_type: yarn, factor: 2"):
-        tiny_run("model.max_length=4096", longer)
-    model, _ = ftcore.load(
-        [
-            "+model=qwen3",
-            "model.tiny=true",
-            "model.max_length=4096",
-            "model.rope_scaling={rope_type: yarn, factor: 2.0}",
-        ]
-    )
+    asked = "model.rope_scaling={rope_type: yarn, factor: 2.0}"
+    model, _ = ftcore.load(["+model=qwen3", "model.tiny=true", "model.max_length=4096", asked])
+    automatic, _ = ftcore.load(["+model=qwen3", "model.tiny=true", "model.max_length=4096"])
+    assert automatic.config.rope_parameters == model.config.rope_parameters
     assert model.config.max_position_embeddings == 4096
     assert model.config.rope_parameters["original_max_position_embeddings"] == 2048
     plain, _ = ftcore.load(["+model=qwen3", "model.tiny=true"])

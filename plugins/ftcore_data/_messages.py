@@ -1,0 +1,136 @@
+"""Checks and conversions of conversations and of the tools that they call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ftcore_data._rows import Row, kind, one_of
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MESSAGE = '{"role": "user", "content": "..."}'
+
+Message = dict[str, Any]
+
+
+def check_messages(messages: Any, column: str = "messages", answered: bool = True) -> str | None:
+    """A list of {role, content} with known roles, words in each, and at least one answer where one is needed."""
+    if not isinstance(messages, list):
+        return f"column '{column}' is {kind(messages)}, not a list of messages\na message looks like {MESSAGE}"
+    if not messages:
+        return f"column '{column}' is an empty conversation\nput a question and an answer in, or take the row out"
+    for number, message in enumerate(messages, 1):
+        if reason := _check_message(message, number):
+            return reason
+    roles = [m["role"] for m in messages]
+    if answered and not any(m["role"] == "assistant" and m.get("weight", 1) != 0 for m in messages):
+        return "has no assistant message, so nothing would be trained\nadd the answer, or take the row out"
+    if not answered and roles[-1] == "assistant":
+        return "ends with an assistant message\na prompt ends with the user's: take the last message out"
+    return None
+
+
+def _check_message(message: Any, number: int) -> str | None:
+    if not isinstance(message, dict) or "role" not in message:
+        return f"message {number} is not an object with 'role' and 'content'\na message looks like {MESSAGE}"
+    if message["role"] not in ROLES:
+        return f"message {number} has the unknown role {message['role']!r}\n{one_of(message['role'], ROLES)}"
+    if message.get("weight", 1) not in (None, 0, 1):
+        return f"message {number} has the weight {message['weight']!r}\ngive 1 to train it, or 0 to read it only"
+    content, calls = message.get("content"), message.get("tool_calls")
+    if reason := _check_calls(calls, number):
+        return reason
+    if calls and not content:
+        return None
+    if isinstance(content, list) and content and all(_is_part(part) for part in content):
+        return None
+    if not isinstance(content, str):
+        what = kind(content)
+        return f"message {number} ({message['role']}) has {what} as content, not text\nput text in, or take the row out"
+    if not content.strip():
+        return f"message {number} ({message['role']}) is empty\nput text in, or take the row out"
+    return None
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and (isinstance(part.get("text"), str) or part.get("type") in ("image", "audio"))
+
+
+def _check_calls(calls: Any, number: int) -> str | None:
+    if not calls:
+        return None
+    fix = 'a call looks like {"type": "function", "function": {"name": "...", "arguments": {...}}}'
+    for call in calls if isinstance(calls, list) else [calls]:
+        named = call.get("function") or call if isinstance(call, Mapping) else None
+        if not isinstance(named, Mapping) or not named.get("name") or not isinstance(calls, list):
+            return f"message {number} has a tool call without a name\n{fix}"
+        arguments = named.get("arguments")
+        if isinstance(arguments, str) and not isinstance(_json(arguments), dict):
+            return f"message {number} calls {named['name']} with arguments that are no JSON object\n{fix}"
+    return None
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def plain_messages(messages: Sequence[Row]) -> list[Message]:
+    """Messages with the keys that have a value, since `datasets` fills absent ones with None, and with the arguments of
+    tool calls as objects, which every chat template takes."""
+    made = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return [_with_objects(message) if message.get("tool_calls") else message for message in made]
+
+
+def _with_objects(message: Message) -> Message:
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(call.get("function") or {"name": call.get("name"), "arguments": call.get("arguments")})
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = json.loads(function["arguments"])
+        rest = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
+        calls.append({"type": "function", **rest, "function": function})
+    return {"content": "", **message, "tool_calls": calls}  # some templates ask for the words even where there are none
+
+
+def tools_of(row: Row) -> Any:
+    """The row's tools, each as {"type": "function", ...}; many data sets keep them as JSON text."""
+    tools = row.get("tools")
+    tools = json.loads(tools.strip() or "[]") if isinstance(tools, str) else tools
+    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools or ()]
+
+
+def check_tools(row: Row) -> str | None:
+    """Tools are a list of objects, or the JSON text of one."""
+    fix = 'write the tools as [{"type": "function", "function": {...}}, ...], or take the column out'
+    tools = row.get("tools")
+    try:
+        tools = json.loads(tools.strip() or "[]") if isinstance(tools, str) else tools
+    except (ValueError, RecursionError) as error:
+        return f"column 'tools' is text that is not JSON: {error}\n{fix}"
+    if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        return f"column 'tools' is not a list of objects\n{fix}"
+    for tool in tools or ():
+        function = tool.get("function", tool)
+        if not (isinstance(function, dict) and function.get("name")):
+            return f"column 'tools' has a tool without a name\n{fix}"
+    return None
+
+
+def with_tools(messages: list[Message], row: Row) -> dict[str, Any]:
+    """The columns of shape `messages`."""
+    tools = tools_of(row)
+    return {"messages": messages, **({"tools": tools} if tools else {})}
+
+
+def asked(text: str) -> list[Message]:
+    """A prompt as a conversation."""
+    return [{"role": "user", "content": text}]
+
+
+def answered(text: str) -> list[Message]:
+    """An answer as a conversation."""
+    return [{"role": "assistant", "content": text}]

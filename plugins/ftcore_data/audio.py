@@ -1,0 +1,57 @@
+"""Recordings and what is said in them: `audio` as path, bytes or samples, and `text`, `transcription` or `sentence`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ftcore import DataConfig, DataFormat, Shape, hookimpl
+from ftcore_data._rows import Row, first, kind, missing, missing_all, not_text, sample
+
+WORDS = ("text", "transcription", "transcript", "sentence")
+
+
+@dataclass
+class Config(DataConfig):
+    """The audio format has no settings of its own."""
+
+
+@hookimpl
+def ftcore_data_format() -> DataFormat:
+    """Shape `audio`."""
+    return DataFormat(
+        name="audio",
+        shape=Shape.AUDIO,
+        convert="ftcore_data.audio:convert",
+        check="ftcore_data.audio:check",
+        sample=sample("audio.jsonl"),
+        over={"text": ("audio",)},
+        media=("audio",),
+    )
+
+
+def check(row: Row) -> str | None:
+    """A recording, and words."""
+    if reason := missing(row, "audio"):
+        return reason
+    column = first(row, WORDS)
+    if column is None:
+        return missing_all(row, WORDS[:2])
+    if not _is_audio(row["audio"]):
+        return f"column 'audio' is {kind(row['audio'])}, not a recording\ngive the path of a sound file"
+    return not_text(row, column)
+
+
+def convert(row: Row) -> dict[str, Any]:
+    """The recording as it is, and the words as `text`."""
+    column = first(row, WORDS)
+    assert column is not None
+    return {"audio": row["audio"], "text": row[column]}
+
+
+def _is_audio(value: Any) -> bool:
+    """A path, bytes, what `datasets` keeps of them, or samples with their rate."""
+    if isinstance(value, dict):
+        has_samples = value.get("array") is not None and bool(value.get("sampling_rate"))
+        return bool(value.get("bytes") or value.get("path")) or has_samples
+    return bool(value) and (isinstance(value, (str, bytes)) or hasattr(value, "get_all_samples"))

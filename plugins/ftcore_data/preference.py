@@ -1,0 +1,119 @@
+"""A chosen and a rejected answer to a prompt, which is a column of its own or the turns that both begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ftcore import DataConfig, DataFormat, Shape, hookimpl
+from ftcore_data import alpaca, sharegpt
+from ftcore_data._messages import Message, answered, asked, check_messages, check_tools, plain_messages, tools_of
+from ftcore_data._rows import MEDIA, Row, first, kind, missing, not_text, sample, unused
+
+PROMPTS = ("prompt", "question", "instruction", "conversations")
+BOTH = ("chosen", "rejected")
+
+
+@dataclass
+class Config(DataConfig):
+    """The preference format has no settings of its own."""
+
+
+@hookimpl
+def ftcore_data_format() -> DataFormat:
+    """Shape `preference`: conversations, unless the rows are whole texts without a prompt column."""
+    return DataFormat(
+        name="preference",
+        shape=Shape.PREFERENCE,
+        convert="ftcore_data.preference:convert",
+        check="ftcore_data.preference:check",
+        sample=sample("preference.jsonl"),
+        over={"prompts": BOTH, "prompt_completion": BOTH, "alpaca": BOTH, "sharegpt": BOTH, "messages": BOTH},
+    )
+
+
+def check(row: Row) -> str | None:
+    """Both answers are there and differ; the prompt, where it is a column, ends with the user's words."""
+    if reason := missing(row, *BOTH) or unused(row, *MEDIA):
+        return reason
+    if type(row["chosen"]) is not type(row["rejected"]):
+        message = f"column 'chosen' is {kind(row['chosen'])}, but column 'rejected' is {kind(row['rejected'])}"
+        return f"{message}\ngive both in one form"
+    column = first(row, PROMPTS)
+    if reason := _check_prompt(row, column) or next(filter(None, (_check_answer(row, name) for name in BOTH)), None):
+        return reason
+    if row["chosen"] == row["rejected"]:
+        return "has the same answer as chosen and as rejected, so it prefers nothing\ntake the row out"
+    if column is None and isinstance(row["chosen"], list) and not _shared(row):
+        return "has no prompt: chosen and rejected begin otherwise\nput what is asked into a column 'prompt'"
+    return check_tools(row)
+
+
+def convert(row: Row) -> dict[str, Any]:
+    """Prompt, chosen and rejected as messages; whole texts without a prompt column stay texts."""
+    column, tools = first(row, PROMPTS), tools_of(row)
+    if column is None and isinstance(row["chosen"], str):
+        return {name: row[name] for name in BOTH}
+    made = {name: _answer(row[name]) for name in BOTH}
+    prompt = _prompt(row, column)
+    if column is None:
+        shared = _shared(row)
+        prompt, made = made["chosen"][:shared], {name: answer[shared:] for name, answer in made.items()}
+    return {"prompt": prompt, **made, **({"tools": tools} if tools else {})}
+
+
+def _check_prompt(row: Row, column: str | None) -> str | None:
+    if column is None:
+        return None
+    if column == "instruction":
+        return alpaca.check_prompt(row)
+    if column == "conversations":
+        turns = row[column]
+        return sharegpt.check_turns(turns) or check_messages(
+            sharegpt.to_messages(turns) if isinstance(turns, list) else turns, column, answered=False
+        )
+    if isinstance(row[column], list):
+        return check_messages(row[column], column, answered=False)
+    return not_text(row, column) or (not_text(row, "system", empty_ok=True) if row.get("system") is not None else None)
+
+
+def _check_answer(row: Row, column: str) -> str | None:
+    value = row[column]
+    if isinstance(value, dict):
+        return _CHECKS["from" if "from" in value else "role"]([value], column)
+    return check_messages(value, column) if isinstance(value, list) else not_text(row, column)
+
+
+_CHECKS: dict[str, Callable[[list[Any], str], str | None]] = {
+    "from": lambda turns, column: sharegpt.check_turns(turns) or check_messages(sharegpt.to_messages(turns), column),
+    "role": check_messages,
+}
+
+
+def _prompt(row: Row, column: str | None) -> list[Message]:
+    if column is None:
+        return []
+    if column == "instruction":
+        return alpaca.prompt(row)
+    if column == "conversations":
+        return sharegpt.to_messages(row[column])
+    if isinstance(row[column], list):
+        return plain_messages(row[column])
+    system = [{"role": "system", "content": row["system"]}] if (row.get("system") or "").strip() else []
+    return system + asked(row[column])
+
+
+def _answer(value: Any) -> list[Message]:
+    if isinstance(value, str):
+        return answered(value)
+    if isinstance(value, dict):
+        return sharegpt.to_messages([value]) if "from" in value else plain_messages([value])
+    return plain_messages(value)
+
+
+def _shared(row: Row) -> int:
+    """How many turns both conversations begin with, the last answer of either left out."""
+    both = [plain_messages(row[name]) for name in BOTH]
+    pairs = zip(both[0][:-1], both[1][:-1], strict=False)
+    return next((i for i, (one, other) in enumerate(pairs) if one != other), min(map(len, both)) - 1)

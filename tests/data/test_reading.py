@@ -1,0 +1,249 @@
+"""Rows on their way to the trainer: exact, mixed, streamed, split, and refused with file and line."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftcore import hooks as h
+from ftcore import pipeline
+from ftcore.composition import compose, typed
+from ftcore.errors import Exit, Refused
+from ftcore.specs import Shape
+from ftcore.tokens import IGNORED
+
+TINY = ("+model=qwen3", "model.tiny=true", "+trainer=sft")
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def dataset(*overrides: str, raw: bool = False) -> tuple[Any, Any]:
+    """The formatted (or raw) splits of a run, and its tokenizer."""
+    hooks, plan = pipeline.prepare(typed(compose([*TINY, *overrides])))
+    tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
+    rows = hooks.first(h.ftcore_load_dataset, plan=plan)
+    return rows if raw else hooks.first(
+        h.ftcore_format_dataset, plan=plan, dataset=rows, tokenizer=tokenizer
+    ), tokenizer
+
+
+def texts(rows: Any, tokenizer: Any) -> list[str]:
+    return [tokenizer.decode(row["input_ids"]) for row in rows]
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return name
+
+
+def numbered(name: str, letter: str, count: int) -> str:
+    return write(name, [{"text": f"{letter}{number}"} for number in range(count)])
+
+
+def test_objects_keep_their_own_keys_nulls_and_numbers() -> None:
+    """Arrow alone would give each tool call the arguments of all others, and round its numbers."""
+    rows, _ = dataset(f"data.path={FIXTURES}/tools.jsonl", "data.template=qwen2_5", raw=True)
+    calls = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in rows["train"]]
+    assert [set(call) for call in calls] == [{"x"}, {"place", "unit"}]
+    made, tokenizer = dataset(f"data.path={FIXTURES}/tools.jsonl", "data.template=qwen2_5")
+    text = "\n".join(texts(made["train"], tokenizer))
+    assert '"arguments": {"x": 0.12345678901234568}' in text
+    assert '"arguments": {"place": "Rome", "unit": null}' in text
+
+
+@pytest.mark.parametrize("value", [0.1 + 0.2, 1e-20, 2**53 + 1, 123456789012345678, "42", "null", {"a": []}, []])
+def test_any_argument_arrives_as_it_was_written(in_tmp: Path, value: Any) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"value": value}}}
+    talk = [{"role": "user", "content": "Go"}, {"role": "assistant", "tool_calls": [call]}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    path = write(
+        "rows.jsonl",
+        [
+            {"messages": talk, "tools": tools},
+            {"messages": [*talk[:1], {"role": "assistant", "content": "No"}], "tools": tools},
+        ],
+    )
+    made, tokenizer = dataset(f"data.path={path}", "data.template=qwen2_5")
+    assert f'"arguments": {json.dumps({"value": value})}' in tokenizer.decode(made["train"][0]["input_ids"])
+
+
+def test_table_cells_stay_what_they_are() -> None:
+    made, tokenizer = dataset(f"data.path={FIXTURES}/prompt_completion.csv")
+    assert texts(made["train"], tokenizer) == ["2+2=4<|im_end|>", "01001nine<|im_end|>"]
+
+
+def test_json_lines_and_wrapped_lists_read_like_lists() -> None:
+    read = [
+        dataset(f"data.path={FIXTURES}/messages{end}")[0]["train"][:]
+        for end in (".jsonl", ".json", "_in_data.json", "_lines.json", ".parquet")
+    ]
+    assert all(rows == read[0] for rows in read)
+
+
+def test_several_paths_are_joined(in_tmp: Path) -> None:
+    paths = f"data.path=[{numbered('a.jsonl', 'a', 3)},{numbered('b.jsonl', 'b', 2)}]"
+    made, tokenizer = dataset(paths)
+    assert texts(made["train"], tokenizer) == [f"{t}<|im_end|>" for t in ("a0", "a1", "a2", "b0", "b1")]
+    made, _ = dataset(paths, "data.eval_size=2")
+    assert (len(made["train"]), len(made["eval"])) == (3, 2)
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_weights_say_how_often_each_path_is_drawn_from(in_tmp: Path, streaming: str) -> None:
+    paths = f"data.path=[{numbered('a.jsonl', 'a', 400)},{numbered('b.jsonl', 'b', 400)}]"
+    stream = [f"data.streaming={streaming}", *(["trainer.max_steps=1"] if streaming == "true" else [])]
+    made, tokenizer = dataset(paths, "data.weights=[3,1]", *stream)
+    drawn = texts(made["train"], tokenizer)
+    share = Counter(text[0] for text in drawn)
+    assert 0.7 < share["a"] / len(drawn) < 0.8
+    assert len(set(drawn)) == len(drawn), "no row comes twice"
+    again, _ = dataset(paths, "data.weights=[3,1]", *stream)
+    assert texts(again["train"], tokenizer) == drawn, "the seed decides"
+
+
+def test_streams_give_the_same_rows(in_tmp: Path) -> None:
+    for name in ("messages.jsonl", "tools.jsonl", "messages.parquet", "alpaca.csv", "folder"):
+        whole, _ = dataset(f"data.path={FIXTURES}/{name}", "data.template=qwen2_5")
+        stream, _ = dataset(
+            f"data.path={FIXTURES}/{name}", "data.template=qwen2_5", "data.streaming=true", "trainer.max_steps=1"
+        )
+        assert [dict(row) for row in stream["train"]] == [dict(row) for row in whole["train"]], name
+    held, _ = dataset(
+        f"data.path={numbered('c.jsonl', 'c', 5)}", "data.streaming=true", "trainer.max_steps=1", "data.eval_size=2"
+    )
+    assert (len(list(held["train"])), len(list(held["eval"]))) == (3, 2)
+
+
+def test_a_run_on_a_stream_and_on_a_mixture_trains(in_tmp: Path) -> None:
+    from ftcore import run
+
+    few = ["trainer.max_steps=2", "trainer.global_batch=2", "trainer.max_length=256"]
+    streamed = run([*TINY, *few, f"data.path={FIXTURES}/messages.jsonl", "data.streaming=true", "output_dir=stream"])
+    assert streamed.metrics["loss_last"] > 0
+    paths = f"data.path=[{numbered('a.jsonl', 'a', 9)},{numbered('b.jsonl', 'b', 9)}]"
+    mixed = run([*TINY, *few, paths, "data.weights=[1,1]", "data.eval_size=2", "output_dir=mixed"])
+    assert mixed.metrics["eval_loss"] > 0
+
+
+def test_tokens_go_as_they_are_and_strange_ones_are_refused(in_tmp: Path) -> None:
+    rows = [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
+    made, _ = dataset(f"data.path={write('rows.jsonl', rows)}")
+    assert [dict(row) for row in made["train"]] == rows
+    from ftcore.bytes_tokenizer import byte_tokenizer
+    from ftcore.tokens import RowTokenizer
+
+    tokenize = RowTokenizer(byte_tokenizer(), Shape.TOKENS, 2)
+    assert tokenize(rows[0]) == [{"input_ids": [1, 2], "labels": [IGNORED, 2]}]
+    with pytest.raises(Refused, match="token id 259 is none of the tokenizer's 259"):
+        tokenize({"input_ids": [259]})
+
+
+def test_media_are_found_beside_the_rows(in_tmp: Path) -> None:
+    from ftcore.tasks import preview
+
+    (in_tmp / "elsewhere").mkdir()
+    rows = [{"audio": "a.wav", "text": "a"}]
+    Path("elsewhere/rows.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(Refused, match=r"rows\.jsonl:1: column 'audio': there is no file a\.wav"):
+        preview.main([*TINY[:2], "data.path=elsewhere/rows.jsonl"])
+    Path("elsewhere/a.wav").write_bytes(b"RIFF")
+    assert preview.main([*TINY[:2], "data.path=elsewhere/rows.jsonl"]) == 0
+
+
+def test_a_row_that_the_template_does_not_take_is_named(in_tmp: Path) -> None:
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    bad = {"messages": [{"role": "system", "content": "s"}, *good["messages"]]}
+    path = write("rows.jsonl", [good, good, bad])
+    with pytest.raises(Refused, match=r"rows\.jsonl:3: the chat template does not take this row: System role not"):
+        dataset(f"data.path={path}", "data.template=gemma")
+
+
+SHAPES = {
+    "preference": ("preference.jsonl", [{"role": "user", "content": "Hi"}]),
+    "preference_implicit": ("preference_implicit.jsonl", [{"role": "user", "content": "Hi"}]),
+    "preference_sharegpt": ("preference_sharegpt.json", [{"role": "user", "content": "Hi"}]),
+    "preference_orca": (
+        "preference_orca.jsonl",
+        [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}],
+    ),
+    "preference_alpaca": ("preference_alpaca.jsonl", [{"role": "user", "content": "Say hi."}]),
+    "unpaired": ("unpaired.csv", [{"role": "user", "content": "Hi"}]),
+    "unpaired_messages": ("unpaired_messages.json", [{"role": "user", "content": "Hi"}]),
+}
+
+
+@pytest.mark.parametrize("case", SHAPES)
+def test_prompts_of_every_spelling_become_one(case: str) -> None:
+    from ftcore.manager import import_function
+    from ftcore.rows import iter_rows
+    from ftcore_data.auto import Config, ftcore_data_format
+
+    name, prompt = SHAPES[case]
+    form = ftcore_data_format(Config(path=str(FIXTURES / name)))
+    _, row = next(iter_rows(FIXTURES / name))
+    made = import_function(form.convert, "data")(row)
+    assert made["prompt"] == prompt
+    for answer in {"chosen", "rejected", "completion"} & set(made):
+        assert [m["role"] for m in made[answer]] == ["assistant"]
+    assert made.get("label", True) is True
+
+
+def test_images_stand_where_the_words_say() -> None:
+    from ftcore_data.images import convert
+
+    asked = {"role": "user", "content": "See <image> and\n<image>\nthere."}
+    answer = {"role": "assistant", "content": "Yes."}
+    parts = convert({"images": ["a.png", "b.png"], "messages": [asked, answer]})["messages"][0]["content"]
+    assert parts == [
+        {"type": "text", "text": "See "},
+        {"type": "image"},
+        {"type": "text", "text": " and"},
+        {"type": "image"},
+        {"type": "text", "text": "there."},
+    ]
+    first = convert({"image": "a.png", "messages": [{"role": "user", "content": "What?"}, answer]})
+    assert first["images"] == ["a.png"]
+    assert first["messages"][0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
+
+
+def test_rows_are_refused_before_the_model_is_loaded(in_tmp: Path) -> None:
+    import ftcore
+
+    @ftcore.hookimpl
+    def ftcore_load_model(plan: Any) -> None:
+        raise AssertionError("weights are read")
+
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write("rows.jsonl", [{"messages": talk}])
+    with pytest.raises(Refused, match=r"rows\.jsonl:1: the chat template does not take this row"):
+        ftcore.run([*TINY, f"data.path={path}", "data.template=gemma"], plugins=[ftcore_load_model])
+
+
+def test_the_command_line_names_the_row_in_two_lines(ftcore_cli: Any, in_tmp: Path) -> None:
+    talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write("rows.jsonl", [{"messages": talk[1:]}, {"messages": talk}])
+    done = ftcore_cli("preview", *TINY, f"data.path={path}", "data.template=gemma")
+    assert done.returncode == Exit.DATA
+    assert done.stderr.startswith("ftcore: rows.jsonl:2: the chat template does not take this row: System role not")
+    assert len(done.stderr.splitlines()) == 2
+
+
+def test_preview_shows_what_is_trained_byte_for_byte(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The text of the preview, without its marks, is the decoded ids of training."""
+    from ftcore import cli
+
+    sly = "Say <|im_end|> and café 🦙 [x]"
+    talk = [{"role": "user", "content": sly}, {"role": "assistant", "content": "\n  Ok 🦙.\n"}]
+    words = [f"data.path={write('rows.jsonl', [{'messages': talk}])}", "data.template=qwen2_5"]
+    made, tokenizer = dataset(*words)
+    row = made["train"][0]
+    assert cli.run(["preview", *TINY, *words]) == 0
+    shown = capsys.readouterr().out
+    text = tokenizer.decode(row["input_ids"], skip_special_tokens=False)
+    answer = tokenizer.decode([label for label in row["labels"] if label != IGNORED], skip_special_tokens=False)
+    assert answer == "\n  Ok 🦙.\n<|im_end|>"
+    assert text.replace(answer, f"[[{answer}]]") in shown
+    assert sly in shown
