@@ -148,7 +148,7 @@ def optimizer_bytes(plan: Plan) -> int:
 
 
 def wants_recompute(plan: Plan, model: Any) -> bool:
-    """`least` and `offload` always, `off` never, `auto` when the activations of a micro-batch would not fit the free GPU memory."""
+    """`least` and `offload` always, `off` never, `auto` when a micro-batch's activations would not fit the GPU."""
     if plan.run.memory is not Memory.auto:
         return plan.run.memory in LEAN
     if plan.device.kind != "cuda" or plan.run.trainer is None:

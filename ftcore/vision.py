@@ -44,8 +44,20 @@ def attach(tokenizer: PreTrainedTokenizerBase, folder: str, family: ModelFamily,
     assert family.vision is not None
     images = AutoImageProcessor.from_pretrained(folder, revision=revision)
     cls = import_function(family.vision.processor, "model")
-    given, _ = cls.get_processor_dict(folder, revision=revision)  # type: ignore[attr-defined]
+    given = _written(folder, revision)
     _attach(tokenizer, family.vision, images, {key: given[key] for key in _settings(cls) if key in given})
+
+
+def template(folder: str, revision: str | None = None) -> Any:
+    """The chat template that a checkpoint's processor brings, or None."""
+    return _written(folder, revision).get("chat_template")
+
+
+def _written(folder: str, revision: str | None) -> dict[str, Any]:
+    from transformers.processing_utils import ProcessorMixin
+
+    given: dict[str, Any] = ProcessorMixin.get_processor_dict(folder, revision=revision)[0]
+    return given
 
 
 def attach_tiny(tokenizer: Any, vision: Vision) -> None:
@@ -62,11 +74,10 @@ def attach_tiny(tokenizer: Any, vision: Vision) -> None:
 
 def _attach(tokenizer: Any, vision: Vision, images: Any, settings: Mapping[str, Any]) -> None:
     cls: Any = import_function(vision.processor, "model")
-    video = {"video_processor": None} if "video_processor" in inspect.signature(cls.__init__).parameters else {}
-    made = _without_videos(cls)(
-        image_processor=images, tokenizer=tokenizer, chat_template=tokenizer.chat_template, **video, **settings
-    )
-    setattr(tokenizer, PROCESSOR, made)
+    parts = {"image_processor": images, "tokenizer": tokenizer, "chat_template": tokenizer.chat_template}
+    if "video_processor" in inspect.signature(cls.__init__).parameters:
+        cls, parts = _without_videos(cls), parts | {"video_processor": None}
+    setattr(tokenizer, PROCESSOR, cls(**parts, **settings))
 
 
 def _without_videos(cls: Any) -> Any:

@@ -22,6 +22,8 @@ def ftcore_load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    from ftcore import vision
+
     assert plan.run.model is not None
     model = plan.run.model
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -29,14 +31,14 @@ def ftcore_load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if plan.family.vision and (own := vision.template(checkpoint.locate(model, plan.family), model.revision)):
+        tokenizer.chat_template = own
     if plan.run.data and plan.run.data.template:
         tokenizer.chat_template = templates.read(plan.run.data.template)
     elif not tokenizer.chat_template and plan.family.chat_template:
         tokenizer.chat_template = plan.family.chat_template
     vocabulary.add(tokenizer, model.new_tokens)
     if plan.family.vision:
-        from ftcore import vision
-
         vision.attach(tokenizer, checkpoint.locate(model, plan.family), plan.family, model.revision)
     return tokenizer
 

@@ -82,7 +82,8 @@ class ModelContract(PluginContract):
         """With kernels, the loss and every gradient are plain transformers', with LoRA and for all weights."""
         maths.needs_triton(kernel_set)
         batch = self.batch(self.plain().model)
-        maths.assert_same_maths([*self.tiny(), f"adapter={adapter}"], kernel_set, self.tolerance, batch)
+        words = [*self.tiny(), f"adapter={adapter}"]
+        maths.assert_same_maths(words, kernel_set, self.tolerance, batch, self.ungraded)
 
     def test_lora_targets_are_in_the_model(self) -> None:
         """Each name in `lora_targets` is one of a linear layer, and gets an adapter."""

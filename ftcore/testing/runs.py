@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
+    from PIL.Image import Image
     from torch import nn
 
     from ftcore.errors import Problem
@@ -80,16 +81,35 @@ def batch_for(model: Any, length: int = 12) -> dict[str, torch.Tensor]:
     }
 
 
-def batch_with_images(overrides: Sequence[str], rows: Sequence[int] = (0, 2)) -> dict[str, torch.Tensor]:
-    """Shipped rows with images, as the SFT trainer gets them; one is shorter and padded."""
+def noise(width: int, height: int) -> Image:
+    """A picture in which no two patches are the same, so that attention between them matters."""
+    import torch
+    from PIL.Image import fromarray
+
+    drawn = torch.Generator().manual_seed(width * height)
+    return fromarray(torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=drawn).numpy())
+
+
+def row_with_images(*sizes: tuple[int, int], answer: str = "Noise.") -> dict[str, Any]:
+    """A row of shape `images`: pictures of so many pixels (width, height), a question about them, and an answer."""
+    asked = [*({"type": "image"} for _ in sizes), {"type": "text", "text": "What is this?"}]
+    said = [{"type": "text", "text": answer}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    return {"images": [noise(*size) for size in sizes], "messages": messages}
+
+
+def batch_with_images(overrides: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Two rows with pictures of different sizes, as the SFT trainer gets them; the second is shorter and padded."""
     from ftcore import hooks as h
+    from ftcore.vision import ImageRowTokenizer
 
     hooks, plan = prepared([*overrides, "data=images", "+trainer=sft"])
     tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
-    raw = hooks.first(h.ftcore_load_dataset, plan=plan)
-    dataset = hooks.first(h.ftcore_format_dataset, plan=plan, dataset=raw, tokenizer=tokenizer)["train"]
-    collator = hooks.first(h.ftcore_make_collator, plan=plan, tokenizer=tokenizer)
-    batch: dict[str, torch.Tensor] = collator([dataset[row] for row in rows])
+    tokenize = ImageRowTokenizer(tokenizer, plan.family.vision, 1000)
+    rows = [row_with_images((64, 96), answer="Noise, and nothing but noise."), row_with_images((60, 40))]
+    batch: dict[str, torch.Tensor] = hooks.first(h.ftcore_make_collator, plan=plan, tokenizer=tokenizer)(
+        [made for row in rows for made in tokenize(row)]
+    )
     return batch
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint without the trained head does not bring: trained whole and saved with the adapter, or left alone."""
+"""What a checkpoint without the trained head does not bring: trained whole and saved with the adapter, or left out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TASKS: dict[str, str | None] = {
 def new_modules(model: PreTrainedModel, task: str | None) -> list[str]:
     """Paths of the modules that may have started at random.
 
-    For classification everything beside the base model, and its pooler; for embeddings the pooler, which they leave out.
+    For classification everything beside the base model, and its pooler; for embeddings the pooler, which is not used.
     """
     poolers = [path for path, _ in model.named_modules() if path.rpartition(".")[2] == "pooler"]
     if task != "SEQ_CLS":

@@ -14,6 +14,7 @@ from ftcore.catalog import nearest
 from ftcore.errors import Exit
 from ftcore.parts import PARTS, parts_pattern
 from ftcore.vocabulary import trained_rows
+from ftcore_adapters._heads import TASKS, inside, new_modules
 
 if TYPE_CHECKING:
     from torch import nn
@@ -180,6 +181,9 @@ def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
     parameters = _parameters(plan)
     rows = trained_rows(plan, model, [name.rpartition(".")[2] for name in config.modules_to_save])
     init: Any = True if config.init is Init.default else config.init.value
+    task = TASKS.get(plan.family.auto_class, "CAUSAL_LM")
+    new = new_modules(model, task)
+    whole = [*config.modules_to_save, *(new if task == "SEQ_CLS" else ())]
     adapted: nn.Module = get_peft_model(
         model,
         LoraConfig(
@@ -192,7 +196,8 @@ def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
             use_rslora=config.variant is Variant.rslora,
             use_dora=config.variant is Variant.dora,
             init_lora_weights=init,
-            modules_to_save=config.modules_to_save or None,
+            exclude_modules=inside(new),
+            modules_to_save=whole or None,
             trainable_token_indices=rows or None,
         ),
     )
