@@ -40,7 +40,7 @@ class Host:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.module = device, torch.get_device_module(device)
-        self.out, self.back = self.module.Stream(), self.module.Stream()
+        self.out, self.back = self.module.Stream(device), self.module.Stream(device)
         self._free: dict[int, list[Pinned]] = {}
         self._latest: deque[Away] = deque()
 
@@ -51,6 +51,10 @@ class Host:
         away = Away(self, tensor, self._latest[-1] if self._latest else None)
         self._latest.append(away)
         return away
+
+    def current(self) -> Any:
+        """The stream that computes."""
+        return self.module.current_stream(self.device)
 
     def over(self) -> None:
         """A backward has begun: what comes next is another forward's."""
@@ -81,7 +85,7 @@ class Away:
         self._version = tensor._version
         self._arriving: torch.Tensor | None = None
         self._slot: Pinned | None = host.slot(tensor.numel() * tensor.element_size())
-        host.out.wait_stream(host.module.current_stream())
+        host.out.wait_stream(host.current())
         if self._slot.free_after is not None:
             host.out.wait_event(self._slot.free_after)
         with host.module.stream(host.out):
@@ -97,7 +101,7 @@ class Away:
             return
         self._unchanged()
         if self._slot.free_after is not None:
-            self.host.module.current_stream().wait_event(self._slot.free_after)
+            self.host.current().wait_event(self._slot.free_after)
         self._source = None
 
     def fetch(self) -> None:
@@ -106,7 +110,7 @@ class Away:
             return
         self._arriving = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         # After what the current stream still does with this memory, and after the copy out.
-        self.host.back.wait_stream(self.host.module.current_stream())
+        self.host.back.wait_stream(self.host.current())
         if self._slot.free_after is not None:
             self.host.back.wait_event(self._slot.free_after)
         with self.host.module.stream(self.host.back):
@@ -123,7 +127,7 @@ class Away:
         else:
             assert self._arriving is not None and self._slot is not None
             if self._slot.free_after is not None:
-                self.host.module.current_stream().wait_event(self._slot.free_after)
+                self.host.current().wait_event(self._slot.free_after)
             here, self._arriving = self._arriving, None
         self._leave()
         before = None if self.before is None else self.before()
@@ -144,7 +148,7 @@ class Away:
         if getattr(self, "_slot", None) is not None:
             if self._source is not None and self._slot is not None and self._slot.free_after is not None:
                 # A forward without a backward: its memory goes back to the allocator while the copy may still read.
-                self.host.module.current_stream().wait_event(self._slot.free_after)
+                self.host.current().wait_event(self._slot.free_after)
             self._leave()
 
 
