@@ -179,7 +179,7 @@ class Vision:
     tiny: Mapping[str, Any]
     """Arguments of the image processor for a tiny model."""
     image_processor: str
-    """transformers' class of it, without torchvision."""
+    """transformers' class of it, the one that works with Pillow."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the processor itself for a tiny model."""
     names: Mapping[str, str] = field(default_factory=dict)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PROCESSOR = "ftcore_processor"
 """Attribute of a tokenizer with the processor that it belongs to."""
 PICTURES = "pictures"
-"""Column of a tokenized row with its images, each `{"path": ..., "bytes": ...}` with one of the two."""
+"""Column of a tokenized row with its images, each `{"path": ..., "bytes": ...}` with one of the two filled."""
 OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 """What a processor makes of a text."""
 
@@ -37,12 +37,13 @@ def processor_of(tokenizer: Any) -> Any:
 def attach(tokenizer: PreTrainedTokenizerBase, folder: str, family: ModelFamily, revision: str | None = None) -> None:
     """Load a checkpoint's processor around the tokenizer, and leave it there.
 
-    Without its part for videos, which needs torchvision and which nothing here uses.
+    Without its part for videos, which needs torchvision and which nothing here uses; and with Pillow's way of resizing,
+    so that an image is the same wherever torchvision happens to be installed.
     """
-    from transformers import AutoImageProcessor
+    import transformers
 
     assert family.vision is not None
-    images = AutoImageProcessor.from_pretrained(folder, revision=revision)
+    images = getattr(transformers, family.vision.image_processor).from_pretrained(folder, revision=revision)
     cls = import_function(family.vision.processor, "model")
     given = _written(folder, revision)
     _attach(tokenizer, family.vision, images, {key: given[key] for key in _settings(cls) if key in given})
@@ -142,17 +143,19 @@ def opened(source: Any) -> Image:
 
 
 def reference(source: Any) -> dict[str, Any]:
-    """An image as a row keeps it until its batch: by its path, or the bytes that it came in; PIL's as PNG."""
+    """An image as a row keeps it until its batch: by its path, or the bytes that it came in; PIL's as PNG.
+
+    What is not there is empty and not None, for a table to know its type.
+    """
     if isinstance(source, Mapping):
-        data = source.get("bytes")
-        return {"path": None if data else source.get("path"), "bytes": data or None}
+        source = source.get("bytes") or source.get("path")
     if isinstance(source, (str, Path)):
-        return {"path": str(source), "bytes": None}
+        return {"path": str(source), "bytes": b""}
     if not isinstance(source, bytes):
         buffer = io.BytesIO()
         source.save(buffer, format="PNG")
         source = buffer.getvalue()
-    return {"path": None, "bytes": source}
+    return {"path": "", "bytes": source}
 
 
 class ImageRowTokenizer(RowTokenizer):

@@ -43,7 +43,7 @@ class ModelContract(PluginContract):
     absent_targets: ClassVar[Sequence[str]] = ()
     """Names in `lora_targets` of layers that other checkpoints of the family have, and the tiny one does not."""
     ungraded: ClassVar[Sequence[str]] = ()
-    """Parts of the names of parameters whose gradient may be zero or none, by the family's own maths."""
+    """Parts of the names of parameters whose gradient may be zero or none, or next to it, by the family's own maths."""
 
     def tiny(self) -> list[str]:
         """Overrides that select the family's tiny model."""

@@ -55,8 +55,8 @@ class Config(AdapterConfig):
     """Names of the adapted linear layers, and of parameters such as `experts.down_proj`; empty takes all that the
     family declares."""
     parts: list[str] = field(default_factory=list)
-    """Of a model that reads images: `vision`, `language`, `attention`, `mlp`; the first two choose its sides, the others
-    the kinds of layers. Empty takes all."""
+    """Of a model that reads images: `vision`, `language`, `attention`, `mlp`. Two choose its sides, two the kinds of
+    layers; empty takes all."""
     variant: Variant = Variant.lora
     """`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353)."""
     init: Init = Init.default

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,8 @@ class VisionCollator:
             image = tokenizer.convert_tokens_to_ids(self.vision.image)
             batch[self.vision.token_types] = (batch["input_ids"] == image).long()
         images = [[opened(picture) for picture in row[PICTURES]] for row in rows]
-        return batch | import_function(self.vision.inputs, "model")(self.processor, images, ids)
+        inputs: Callable[..., dict[str, Any]] = import_function(self.vision.inputs, "model")
+        return batch | inputs(self.processor, images, ids)
 
 
 def _padded(rows: Sequence[list[int]], length: int, value: int) -> torch.Tensor:

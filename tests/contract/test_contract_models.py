@@ -14,7 +14,7 @@ pytest_plugins = ["ftcore.testing"]
 class EncoderContract(ModelContract):
     """What has no next token to predict is trained with a head of its own, and holds no conversations."""
 
-    trained_by = ("+trainer=classify",)
+    trained_by = ("+trainer=classify", "trainer.learning_rate=1e-4")
 
     def test_packed_is_unpacked(self) -> None:
         problems = runs.refusals([*self.tiny(), "+trainer=sft", "trainer.packing=true"])
@@ -91,6 +91,7 @@ class TestModernBert(EncoderContract, ModelContract):
 
 class TestMllama(ModelContract):
     plugin = "model/mllama"
+    ungraded = ("global_transformer.layers.0.gate_attn",)  # a sum that cancels: float32 is 8e-5 off float64 there
 
 
 class TestPhi3(ModelContract):

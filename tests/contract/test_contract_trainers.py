@@ -18,7 +18,8 @@ class TestGRPO(TrainerContract):
 class TestClassify(TrainerContract):
     plugin = "trainer/classify"
     base = ("+model=modernbert", "model.tiny=true", "model.dtype=float32", *runs.SHORT)
-    settings = ("trainer.global_batch=8",)  # all the rows, so that steps can be compared
+    # All the rows a step, so that steps can be compared.
+    settings = ("trainer.global_batch=8", "trainer.learning_rate=1e-4")
 
 
 class TestEmbed(TrainerContract):

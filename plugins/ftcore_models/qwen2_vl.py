@@ -1,0 +1,54 @@
+"""Qwen2-VL: Qwen2's layers with positions of three axes (M-RoPE), and a vision tower that takes images of any size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
+from ftcore_models._qwen_vl import IDS, PACKING, TARGETS, TEMPLATE, TEXT, vision
+
+
+@dataclass
+class Config(ModelConfig):
+    """Qwen2-VL's settings."""
+
+    id: str = "Qwen/Qwen2-VL-2B-Instruct"
+    """Checkpoint id on the Hugging Face hub."""
+
+
+@hookimpl
+def ftcore_model_family() -> ModelFamily:
+    """The model makes one table of angles of the positions of three axes, so that RoPE's kernels are exact."""
+    return ModelFamily(
+        model_types=("qwen2_vl",),
+        roles=(
+            Role("rms_norm", "Qwen2VLRMSNorm"),
+            Role("mlp", "Qwen2MLP"),
+            Role("attention", "Qwen2VLAttention"),
+            Role("lm_head", "Qwen2VLForConditionalGeneration"),
+            Role("decoder_layer", "Qwen2VLDecoderLayer", frozenset({"sliding_window"})),
+            Role("layer_norm", "LayerNorm"),
+            Role("vision_attention", "VisionAttention"),
+        ),
+        lora_targets=(*TARGETS, "qkv", "proj", "fc1", "fc2"),
+        tiny={
+            "text_config": TEXT,
+            "vision_config": {
+                "depth": 2,
+                "embed_dim": 32,
+                "hidden_size": 64,
+                "mlp_ratio": 2,
+                "num_heads": 2,
+                "patch_size": 14,
+                "spatial_merge_size": 2,
+                "temporal_patch_size": 2,
+            },
+            **IDS,
+        },
+        auto_class="AutoModelForImageTextToText",
+        chat_template=TEMPLATE,
+        checkpoints=tuple(f"Qwen/Qwen2-VL-{size}-Instruct" for size in ("2B", "7B", "72B")),
+        chat=Chat(turn_ends=("<|im_end|>",)),
+        limits=(PACKING,),
+        vision=vision("qwen2_vl.processing_qwen2_vl:Qwen2VLProcessor", patch=14),
+    )
