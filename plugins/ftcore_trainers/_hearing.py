@@ -1,0 +1,96 @@
+"""Recordings with transcripts, as the inputs of a speech model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ftcore import Plan, Problem, Refused, checkpoint
+from ftcore.errors import Exit
+from ftcore_models._features import RATE, window
+from ftcore_trainers._audio import length, read
+from ftcore_trainers._local_rows import converted
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+
+
+def problems(plan: Plan) -> Iterator[Problem]:
+    """Every recording can be read, has the model's rate, and is no longer than what it hears at once."""
+    assert plan.run.model is not None
+    seconds = window(checkpoint.settings(plan.run.model, plan.family))
+    for place, row in converted(plan):
+        try:
+            rate, lasts = length(row["audio"])
+        except Refused as refused:
+            yield from (replace(problem, key=place) for problem in refused.problems)
+            return
+        if problem := _unfit(place, rate, lasts, seconds):
+            yield problem
+            return
+
+
+def _unfit(place: str, rate: int, lasts: float, seconds: int) -> Problem | None:
+    if rate != RATE:
+        message = f"the recording has {rate} samples a second, and the model hears {RATE}"
+        return Problem(place, message, f"convert them: ffmpeg -i IN -ar {RATE} -ac 1 OUT.wav", Exit.DATA)
+    if lasts > seconds:
+        message = f"the recording lasts {lasts:.1f} s, and the model hears {seconds} s at once"
+        return Problem(place, message, "cut it, and its words with it, into shorter ones", Exit.DATA)
+    return Problem(place, "the recording is empty", "take the row out", Exit.DATA) if lasts == 0 else None
+
+
+@dataclass(frozen=True)
+class Transcripts:
+    """Collates recordings and words."""
+
+    extract: Any
+    """The feature extractor."""
+    tokenizer: Any
+    start: int
+    """Token that the decoder starts with."""
+    prefix: tuple[int, ...]
+    """Tokens that it says before the words: language, task, and that there are no times."""
+    max_length: int
+    """Longest transcript in tokens."""
+    dtype: torch.dtype
+    """Of the features: the model's."""
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return `input_features [rows, mels, frames]`, `labels` and `decoder_input_ids`, both `[rows, longest]`.
+
+        Raises Refused for a recording that does not fit the model, or a transcript that is too long for it.
+        """
+        import torch
+
+        features = self.extract(
+            [self._samples(row["audio"]) for row in rows], sampling_rate=RATE, return_tensors="pt"
+        ).input_features
+        ids = [self.ids(row["text"]) for row in rows]
+        longest = max(map(len, ids))
+        labels = [one + [IGNORED] * (longest - len(one)) for one in ids]
+        end = self.tokenizer.pad_token_id
+        inputs = [[self.start, *one[:-1]] + [end] * (longest - len(one)) for one in ids]
+        return {
+            "input_features": features.to(self.dtype),
+            "labels": torch.tensor(labels),
+            "decoder_input_ids": torch.tensor(inputs),
+        }
+
+    def ids(self, text: str) -> list[int]:
+        """What the decoder is to say: the prefix, the words, and the end token."""
+        words = self.tokenizer(text, add_special_tokens=False).input_ids
+        ids = [*self.prefix, *words, self.tokenizer.eos_token_id]
+        if len(ids) > self.max_length:
+            message = f"a transcript has {len(ids)} tokens, more than trainer.max_length={self.max_length}: {text[:40]}"
+            raise Refused(Problem("data", message, "cut the recording, and its words with it", Exit.DATA))
+        return ids
+
+    def _samples(self, audio: Any) -> Any:
+        samples, rate = read(audio)
+        if problem := _unfit("data", rate, len(samples) / rate, self.extract.chunk_length):
+            raise Refused(problem)
+        return samples

@@ -1,0 +1,48 @@
+"""Rows of local files in their format's columns, read for the checks of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ftcore import Plan, Refused
+from ftcore.manager import import_function
+from ftcore.media import resolved
+from ftcore.rows import iter_rows, local_files, sources
+
+Placed = tuple[str, dict[str, Any]]
+
+
+def paths(plan: Plan) -> list[str]:
+    """Where the training rows and the held-out rows are."""
+    data, form = plan.run.data, plan.format
+    assert data is not None and form is not None
+    return [*sources(data.path or form.sample), *([data.eval_path] if data.eval_path else [])]
+
+
+def all_local(plan: Plan) -> bool:
+    """Whether every row is on this machine, and need not be streamed to be counted."""
+    assert plan.run.data is not None
+    return not plan.run.data.streaming and all(_files(path) is not None for path in paths(plan))
+
+
+def converted(plan: Plan) -> Iterator[Placed]:
+    """Place and columns of every good row of the local files; core's checks name the bad ones."""
+    form = plan.format
+    assert form is not None
+    check, convert = import_function(form.check, "data"), import_function(form.convert, "data")
+    for path in paths(plan):
+        for file in _files(path) or ():
+            try:
+                for place, row in iter_rows(file):
+                    if check(row) is None:
+                        yield place, convert(resolved(row, form.media, file.parent))
+            except Refused:
+                continue
+
+
+def _files(path: str) -> Any:
+    try:
+        return local_files(path)
+    except Refused:
+        return []
