@@ -13,11 +13,15 @@ import torch
 import transformers
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    causal_mask_function,
     create_bidirectional_mask,
     create_causal_mask,
     create_chunked_causal_mask,
     create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
     sdpa_mask,
+    sliding_window_overlay,
 )
 
 import ftcore
@@ -108,6 +112,18 @@ def test_packed_documents_in_several_rows() -> None:
     rows = torch.cat([positions((3, 7, 2)), positions((12,)), positions((1, 1, 10))])
     ours, dense = masks(4, shape=(3, 12), position_ids=rows)
     assert torch.equal(spelled_out(ours, 3, 12), dense)
+
+
+@pytest.mark.parametrize("lengths", [(20,), (12, 8), (4, 4, 4, 4, 4)], ids=str)
+def test_a_window_that_no_argument_names_is_not_lost(lengths) -> None:
+    """Some models give theirs as one more function of two positions."""
+    document = (positions(lengths) == 0).cumsum(1)
+    functions = [causal_mask_function, packed_sequence_mask_function(document), sliding_window_overlay(5)]
+    sizes = {"batch_size": 1, "q_length": 20, "kv_length": 20, "device": torch.device("cpu")}
+    sees = {"mask_function": and_masks(*functions), "allow_is_causal_skip": False}
+    assert Mask(lambda **given: None, True, sizes | sees).reading.complete == (max(lengths) <= 5)
+    named = {"mask_function": and_masks(*functions), "allow_is_causal_skip": False, "local_size": 5}
+    assert Mask(lambda **given: None, True, sizes | named).reading.complete
 
 
 @pytest.mark.parametrize("pads", [None, *PADS])

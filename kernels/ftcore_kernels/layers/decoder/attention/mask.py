@@ -68,19 +68,26 @@ class Mask:
     def _packed(self) -> Reading:
         """Whether a token sees the one before it, asked of transformers' own function of two positions.
 
-        The mask is causal and made of documents, unless it lets a token see the next one (as images do).
+        The mask is causal and made of documents, unless it lets a token see the next one (as images do), or what it
+        sees does not reach to the beginning of its document or of its window.
         """
         rows, length, device = (self._arguments[name] for name in ("batch_size", "q_length", "device"))
-        sees = self._arguments["mask_function"]
         row = torch.arange(rows, device=device)[:, None]
-        left = torch.arange(length - 1, device=device)[None]
-        head = torch.zeros_like(left)
-        pairs = [sees(row, head, left + 1, left), sees(row, head, left, left + 1)]
-        joined, ahead = torch.stack([pair.expand(rows, length - 1) for pair in pairs]).cpu()
-        if ahead.any():
+        at = torch.arange(length, device=device)[None].expand(rows, length)
+
+        def sees(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self._arguments["mask_function"](row, torch.zeros_like(queries), queries, keys)
+            return found.expand(rows, length)
+
+        before = (at - 1).clamp(min=0)
+        joined = sees(at, before) & (at > 0)
+        begin = torch.where(joined, 0, at).cummax(1).values
+        farthest = begin if self.window is None else begin.maximum(at - self.window + 1)
+        ahead = sees(before, at) & (at > 0)
+        beyond = sees(at, (farthest - 1).clamp(min=0)) & (farthest > 0)
+        first, *odd = torch.stack([~joined, ahead, beyond, ~sees(at, farthest)]).cpu()
+        if any(strange.any() for strange in odd):
             return Reading(False, None)
-        first = torch.ones((rows, length), dtype=torch.bool)
-        first[:, 1:] = ~joined
         return Reading(True, Documents.beginning(first, device))
 
 
