@@ -117,7 +117,9 @@ def save(tokenizer: Any, folder: str | Path) -> None:
     name = type(processor).__name__
     processor.image_processor.save_pretrained(folder)
     file = Path(folder) / "preprocessor_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"processor_class": name}, indent=2), encoding="utf-8")
+    file.write_text(
+        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"processor_class": name}, indent=2), encoding="utf-8"
+    )
     own = {key: getattr(processor, key) for key in _settings(type(processor)) if hasattr(processor, key)}
     if own:
         text = json.dumps({"processor_class": name, **own}, indent=2)

@@ -33,6 +33,7 @@ class EncoderContract(ModelContract):
 
 class TestBert(EncoderContract, ModelContract):
     plugin = "model/bert"
+    ungraded = ("key.bias",)  # the softmax does not see what all keys have in common
 
 
 class TestDeepseekV3(ModelContract):

@@ -12,9 +12,9 @@ import transformers
 from ftcore.testing import maths, runs
 
 OPS = {
-    "gemma": {"rms_norm", "attention", "lm_head"},
-    "gemma2": {"rms_norm", "attention", "lm_head"},
-    "gemma3": {"rms_norm", "attention", "lm_head"},
+    "gemma": {"rms_norm", "mlp", "attention", "lm_head"},
+    "gemma2": {"rms_norm", "mlp", "attention", "lm_head"},
+    "gemma3": {"rms_norm", "mlp", "attention", "lm_head"},
     "mistral": {"rms_norm", "mlp", "attention", "lm_head"},
     "phi3": {"rms_norm", "lm_head"},
     "qwen2": {"rms_norm", "mlp", "attention", "lm_head"},

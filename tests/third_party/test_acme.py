@@ -136,7 +136,7 @@ def test_selected_and_one_hook_overridden(acme: Environment, tmp_path: Path) -> 
     origins = {plugin["name"]: plugin["origin"] for plugin in record["plugins"]}
     assert origins["model/acme_olmo2"] == "acme-ft 1.2.0 (acme_ft.olmo2)"
     assert origins["plugins/mine.py"] == "mine.py"
-    assert {claim["role"] for claim in record["patches"]["claims"]} == {"mlp"}
+    assert {claim["role"] for claim in record["patches"]["claims"]} == {"mlp", "rms_norm"}
     with zipfile.ZipFile(tmp_path / "run" / "export" / "acme.zip") as archive:
         assert archive.testzip() is None
         assert {"config.json", "model.safetensors", "MANIFEST.json"} <= set(archive.namelist())

@@ -6,11 +6,15 @@ from ftcore import Kernel, Phase, Requirement
 
 LAYERS = {
     "rms_norm": ("rms_norm", "rms_norm", frozenset({"unit_offset", "weight_in_float32", "norm_without_weight"})),
-    "swiglu": ("mlp", "mlp", frozenset()),
+    "layer_norm": ("layer_norm", "layer_norm", frozenset()),
+    "gated_mlp": ("mlp", "mlp", frozenset({"geglu"})),
     "rope": ("attention", "attention", frozenset({"qk_norm", "sliding_window", "attention_softcap"})),
     "linear_cross_entropy": ("lm_head", "lm_head", frozenset()),
 }
 """Op to the role that it serves, the module of `layers` that binds it, and the traits that it covers."""
+
+CHOOSY = frozenset({"mlp", "layer_norm"})
+"""Those that look at the module before they take it."""
 
 DECODER_TRAITS = frozenset(
     {"qk_norm", "unit_offset", "sandwich_norm", "fused_projections", "sliding_window", "attention_softcap"}
@@ -48,6 +52,7 @@ def kernels(implementation: str, needs: Requirement) -> list[Kernel]:
             install=f"ftcore_kernels.layers.{layer}:install_{implementation}",
             traits=traits,
             needs=needs,
+            fits=f"ftcore_kernels.layers.{layer}:fits" if layer in CHOOSY else None,
         )
         for op, (role, layer, traits) in LAYERS.items()
     ]

@@ -14,6 +14,7 @@ from ftcore_kernels.layers.decoder.linear import Fused, border_for
 from ftcore_kernels.layers.decoder.sources import Uncovered, is_fp8, is_nf4, read
 from ftcore_kernels.layers.decoder.stack import Stack, stack
 from ftcore_kernels.layers.decoder.steps import Layer, Ops
+from ftcore_kernels.layers.mlp import activation_name
 from ftcore_kernels.reference.lora_glu import Activation
 from ftcore_kernels.reference.lora_rope import HeadNorm, Heads
 from ftcore_kernels.reference.norm_steps import Norm
@@ -145,10 +146,3 @@ class Structure:
                 self.stacks[index] = stack([base.weight for base in bases], border_for(group))
             elif all(is_fp8(base) for base in bases):
                 arrange_fp8(bases)
-
-
-def activation_name(mlp: Any) -> str:
-    """transformers' name of an MLP's activation."""
-    config = getattr(mlp, "config", None)
-    name: str = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None) or ""
-    return name
