@@ -234,7 +234,7 @@ def _random_checkpoint(family: ModelFamily, shape: str) -> Path:
                 vision.open_gates(model)
         with whole_folder(target) as folder:
             model.save_pretrained(folder)
-            vision.save(tokenizer, folder)
+            tokenizer.save_pretrained(folder)
     return target
 
 

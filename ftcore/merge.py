@@ -28,8 +28,6 @@ def write_merged(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
     from huggingface_hub import save_torch_state_dict
     from transformers.core_model_loading import revert_weight_conversion
 
-    from ftcore.vision import save as save_tokenizer
-
     base: Any = getattr(model, "get_base_model", lambda: model)()
     weights = merged_weights(base)
     target = getattr(torch, dtype) if dtype != "auto" else _sixteen_bits(weights)
@@ -51,7 +49,7 @@ def write_merged(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: P
         config.save_pretrained(work)
         if getattr(base, "generation_config", None) is not None:  # encoders have none
             base.generation_config.save_pretrained(work)
-        save_tokenizer(tokenizer, work)
+        tokenizer.save_pretrained(work)
         save_torch_state_dict(state, work, max_shard_size="5GB")
     return folder
 

@@ -103,12 +103,10 @@ class RunFolder:
 
     def save_trained(self, loaded: Loaded) -> None:
         """Keep the adapter, or the full model, and the tokenizer: what `run=FOLDER` loads again."""
-        from ftcore.vision import save as save_tokenizer
-
         model: Any = loaded.model
         with whole_folder(self._path / TRAINED) as folder:
             model.save_pretrained(folder)
-            save_tokenizer(loaded.tokenizer, folder)
+            loaded.tokenizer.save_pretrained(folder)
 
     def finish(self, result: RunResult, trained: TrainReport) -> None:
         """Record and print the outcome."""

@@ -7,10 +7,12 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftcore.chat import Rendered, chat_encoder, training_texts
+from ftcore.companions import saved_beside
 from ftcore.errors import Exit, Problem, Refused
 from ftcore.manager import import_function
 from ftcore.specs import ModelFamily, Shape, Vision
@@ -78,7 +80,9 @@ def _attach(tokenizer: Any, vision: Vision, images: Any, settings: Mapping[str, 
     parts = {"image_processor": images, "tokenizer": tokenizer, "chat_template": tokenizer.chat_template}
     if "video_processor" in inspect.signature(cls.__init__).parameters:
         cls, parts = _without_videos(cls), parts | {"video_processor": None}
-    setattr(tokenizer, PROCESSOR, cls(**parts, **settings))
+    processor = cls(**parts, **settings)
+    setattr(tokenizer, PROCESSOR, processor)
+    saved_beside(tokenizer, partial(_save, processor))
 
 
 def _without_videos(cls: Any) -> Any:
@@ -108,22 +112,17 @@ def open_gates(model: torch.nn.Module) -> None:
                 weight.normal_(0, 0.5 if weight.numel() == 1 else 0.05)
 
 
-def save(tokenizer: Any, folder: str | Path) -> None:
-    """Write the tokenizer, and its processor in the files in which checkpoints are published, where it has one."""
-    tokenizer.save_pretrained(folder)
-    processor = processor_of(tokenizer)
-    if processor is None:
-        return
+def _save(processor: Any, folder: Path) -> None:
+    """Write a processor in the files in which checkpoints are published, all but its tokenizer."""
     name = type(processor).__name__
     processor.image_processor.save_pretrained(folder)
-    file = Path(folder) / "preprocessor_config.json"
-    file.write_text(
-        json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"processor_class": name}, indent=2), encoding="utf-8"
-    )
+    file = folder / "preprocessor_config.json"
+    text = json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"processor_class": name}, indent=2)
+    file.write_text(text, encoding="utf-8")
     own = {key: getattr(processor, key) for key in _settings(type(processor)) if hasattr(processor, key)}
     if own:
         text = json.dumps({"processor_class": name, **own}, indent=2)
-        (Path(folder) / "processor_config.json").write_text(text, encoding="utf-8")
+        (folder / "processor_config.json").write_text(text, encoding="utf-8")
 
 
 def opened(source: Any) -> Image:

@@ -172,13 +172,11 @@ class ModelContract(PluginContract):
     @pytest.mark.parametrize("adapter", ADAPTERS)
     def test_saved_and_loaded_says_the_same(self, adapter: str, tmp_path: Path) -> None:
         """What a run saves gives the same logits when it is loaded again."""
-        from ftcore.vision import save as save_tokenizer
-
         overrides = [*self.tiny(), f"adapter={adapter}"]
         model: Any = (first := runs.loaded(overrides)).model
         runs.shake(model, trainable_only=True)
         model.save_pretrained(tmp_path / "trained")
-        save_tokenizer(first.tokenizer, tmp_path / "trained")
+        first.tokenizer.save_pretrained(tmp_path / "trained")
         maths.assert_same_logits(runs.reloaded(overrides, str(tmp_path)), first, 1e-6, self.batch(model))
 
     def test_merged_says_the_same(self, tmp_path: Path) -> None:

@@ -25,9 +25,7 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
 def ftcore_export(plan: Plan, checkpoint: Checkpoint) -> list[Artifact]:
     """`adapter_model.safetensors`, `adapter_config.json` and the tokenizer under `export/adapter`."""
     target = plan.output_dir / "export" / "adapter"
-    from ftcore.vision import save as save_tokenizer
-
     with whole_folder(target) as folder:
         checkpoint.model.save_pretrained(folder)  # type: ignore[operator]
-        save_tokenizer(checkpoint.tokenizer, folder)
+        checkpoint.tokenizer.save_pretrained(folder)
     return [Artifact.of("adapter", target)]

@@ -13,7 +13,6 @@ IDS = {"vision_start_token_id": 259, "vision_end_token_id": 260, "image_token_id
 """Where the tokens stand in the tiny models' byte-level vocabulary."""
 TEMPLATE = chatml("<|vision_start|><|image_pad|><|vision_end|>")
 """For tokenizers without a template: Qwen's own, without the system message that it adds."""
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PARTS = {"vision": r"visual\.blocks", "language": "language_model", "attention": "self_attn|attn", "mlp": "mlp"}
 PACKING = no_packing("positions have three axes, and documents in one row are not told apart by them")
 
@@ -31,6 +30,16 @@ TEXT: dict[str, Any] = {
     "pad_token_id": 256,
 }
 """Language side of a tiny model; the sections of RoPE's axes fill half a head of 16."""
+TOWER = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+"""Vision side of a tiny model, from Qwen2.5-VL on."""
 IMAGES = {"size": {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}, "temporal_patch_size": 2, "merge_size": 2}
 
 

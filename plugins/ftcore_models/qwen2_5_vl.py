@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
-from ftcore_models._qwen_vl import IDS, PACKING, TARGETS, TEMPLATE, TEXT, vision
+from ftcore_models._llama_like import LORA_TARGETS
+from ftcore_models._qwen_vl import IDS, PACKING, TEMPLATE, TEXT, TOWER, vision
 
 
 @dataclass
@@ -30,21 +31,10 @@ def ftcore_model_family() -> ModelFamily:
             Role("decoder_layer", "Qwen2_5_VLDecoderLayer", frozenset({"sliding_window"})),
             Role("vision_attention", "Qwen2_5_VLVisionAttention"),
         ),
-        lora_targets=(*TARGETS, "qkv", "proj"),
+        lora_targets=(*LORA_TARGETS, "qkv", "proj"),
         tiny={
             "text_config": TEXT,
-            "vision_config": {
-                "depth": 2,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_heads": 2,
-                "out_hidden_size": 64,
-                "patch_size": 14,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-                "window_size": 56,
-                "fullatt_block_indexes": [1],
-            },
+            "vision_config": TOWER | {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
             **IDS,
         },
         auto_class="AutoModelForImageTextToText",

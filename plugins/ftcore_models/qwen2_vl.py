@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
-from ftcore_models._qwen_vl import IDS, PACKING, TARGETS, TEMPLATE, TEXT, vision
+from ftcore_models._llama_like import LORA_TARGETS
+from ftcore_models._qwen_vl import IDS, PACKING, TEMPLATE, TEXT, vision
 
 
 @dataclass
@@ -30,7 +31,7 @@ def ftcore_model_family() -> ModelFamily:
             Role("layer_norm", "LayerNorm"),
             Role("vision_attention", "VisionAttention"),
         ),
-        lora_targets=(*TARGETS, "qkv", "proj", "fc1", "fc2"),
+        lora_targets=(*LORA_TARGETS, "qkv", "proj", "fc1", "fc2"),
         tiny={
             "text_config": TEXT,
             "vision_config": {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
-from ftcore_models._qwen_vl import IDS, PACKING, TARGETS, TEMPLATE, TEXT, vision
+from ftcore_models._llama_like import LORA_TARGETS
+from ftcore_models._qwen_vl import IDS, PACKING, TEMPLATE, TEXT, TOWER, vision
 
 
 @dataclass
@@ -30,22 +31,11 @@ def ftcore_model_family() -> ModelFamily:
             Role("layer_norm", "LayerNorm"),
             Role("vision_attention", "Qwen3VLVisionAttention"),
         ),
-        lora_targets=(*TARGETS, "qkv", "proj", "linear_fc1", "linear_fc2"),
+        lora_targets=(*LORA_TARGETS, "qkv", "proj", "linear_fc1", "linear_fc2"),
         tiny={
             "text_config": {name: value for name, value in TEXT.items() if name != "bos_token_id"}
             | {"head_dim": 16, "rope_parameters": {**TEXT["rope_parameters"], "mrope_interleaved": True}},
-            "vision_config": {
-                "depth": 2,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_heads": 2,
-                "out_hidden_size": 64,
-                "patch_size": 16,
-                "spatial_merge_size": 2,
-                "temporal_patch_size": 2,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0],
-            },
+            "vision_config": TOWER | {"patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
             **IDS,
         },
         auto_class="AutoModelForImageTextToText",

@@ -14,7 +14,6 @@ from torch import nn
 pytest.importorskip("triton")
 
 from ftcore.testing import maths, runs
-from ftcore_kernels import ops, reference  # noqa: F401
 from ftcore_kernels.layers.decoder.dense import Dense
 from ftcore_kernels.layers.decoder.gradients import Gradients
 from ftcore_kernels.layers.decoder.linear import Fused
@@ -27,16 +26,6 @@ from ftcore_kernels.reference import lora_glu as plain_glu
 from ftcore_kernels.reference import lora_grads as plain_grads
 from ftcore_kernels.reference import lora_rope as plain_rope
 from ftcore_kernels.reference.lora_rope import HeadNorm, Heads, Update
-
-
-def beside(rows: int, width: int, border: int, dtype: torch.dtype) -> torch.Tensor:
-    """Columns of a wider buffer."""
-    return torch.randn(rows, width + border).to(DEVICE, dtype)[:, :width]
-
-
-def wide(found: torch.Tensor) -> torch.Tensor:
-    return found.cpu().double()
-
 
 # The steps -----------------------------------------------------------------------------------------------------------
 

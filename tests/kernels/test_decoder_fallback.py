@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 import ftcore
-from ftcore_kernels.layers import decoder
+from ftcore_kernels.layers import uncovered
 
 
 def test_a_fallback_in_training_is_said_once(capsys) -> None:
-    decoder._say.cache_clear()
+    uncovered.say.cache_clear()
     model, _ = ftcore.load(["+model=llama", "model.tiny=true"])
     ids = torch.arange(12).view(1, 12).to(model.device)
     model.train()(input_ids=ids, labels=ids).loss.backward()

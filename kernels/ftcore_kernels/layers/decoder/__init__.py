@@ -6,7 +6,6 @@ to the family's own forward.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import fields
 from importlib import import_module
 from typing import Any
@@ -15,14 +14,14 @@ import torch
 from torch import nn
 
 from ftcore import Plan, Role, bind
-from ftcore.report import note
 from ftcore_kernels.layers.decoder.attention import Mask, reading, use
 from ftcore_kernels.layers.decoder.function import run, trained
 from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.recompute import Recompute
-from ftcore_kernels.layers.decoder.sources import Uncovered
 from ftcore_kernels.layers.decoder.steps import Ops
-from ftcore_kernels.layers.decoder.structure import ACTIVATIONS, Structure, activation_name
+from ftcore_kernels.layers.decoder.structure import ACTIVATIONS, Structure
+from ftcore_kernels.layers.mlp import activation_name
+from ftcore_kernels.layers.uncovered import Uncovered, say
 
 
 def forward(
@@ -57,7 +56,7 @@ def forward(
         layer = structure.read(module, hidden_states, position_embeddings, attention_mask, kwargs)
     except Uncovered as reason:
         if module.training and torch.is_grad_enabled():
-            _say(str(reason))
+            say("decoder layers", str(reason))
         whole = dict(
             kwargs,
             position_embeddings=position_embeddings,
@@ -69,12 +68,6 @@ def forward(
         record = graphs.record(key, layer, keep, kind, hidden_states.requires_grad)
         return graphs.replay(record, hidden_states, tables, kind)
     return run(layer, hidden_states, keep, recompute.host(hidden_states))
-
-
-@functools.cache
-def _say(reason: str) -> None:
-    """Once for each reason: what trains more slowly than the report says."""
-    note(f"decoder layers run as transformers' own in training: {reason}")
 
 
 def _own(module: Any, hidden_states: torch.Tensor, keep: Keep, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-
-class Uncovered(Exception):
-    """The call or the module is not what the manual layer computes; the text says why."""
+from ftcore_kernels.layers.uncovered import Uncovered
 
 
 class Source(NamedTuple):

@@ -10,7 +10,8 @@ from torch import nn
 
 from ftcore import Plan, Role, bind
 from ftcore_kernels.layers.experts.products import grouped
-from ftcore_kernels.layers.experts.weights import Factors, Uncovered, read
+from ftcore_kernels.layers.experts.weights import Factors, read
+from ftcore_kernels.layers.uncovered import Uncovered, say
 
 Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -23,7 +24,9 @@ def forward(
         base, factors = read(module)
         if getattr(base, "_is_expert_parallel", False):
             raise Uncovered("experts are spread over processes")
-    except Uncovered:
+    except Uncovered as reason:
+        if module.training and torch.is_grad_enabled():
+            say("experts", str(reason))
         out: torch.Tensor = type(module).forward(module, hidden_states, top_k_index, top_k_weights)
         return out
     activation: Activation = swiglu if type(base.act_fn) is nn.SiLU else lambda gate, up: base.act_fn(gate) * up

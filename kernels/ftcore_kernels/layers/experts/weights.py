@@ -12,12 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ftcore_kernels.layers.uncovered import Uncovered
+
 RANKS = 16
 """Ranks come in multiples of this, filled up with zeros: the grouped GEMM wants aligned rows."""
-
-
-class Uncovered(Exception):
-    """The call or the module is not what these experts compute; the text says why."""
 
 
 class Factors(NamedTuple):
