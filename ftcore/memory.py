@@ -164,7 +164,9 @@ def activation_bytes(plan: Plan, config: Any) -> int:
     """
     text = config.get_text_config()
     width = 4 if plan.dtype == "float32" else 2
-    layer = width * (14 * text.hidden_size + 5 * getattr(text, "intermediate_size", 4 * text.hidden_size))
+    inner = getattr(text, "intermediate_size", 4 * text.hidden_size)
+    inner = inner if isinstance(inner, int) else max(inner)  # Gemma 3n has one for each layer
+    layer = width * (14 * text.hidden_size + 5 * inner)
     head = text.vocab_size * (width + 8)
     assert plan.run.trainer is not None
     tokens = micro_batch(plan) * plan.run.trainer.max_length

@@ -10,21 +10,23 @@ from ftcore_models._llama_like import LORA_TARGETS, TINY
 # The attention takes its window from the config, not from an attribute of the module.
 WINDOW = frozenset({"sliding_window"})
 
+_7B_V3 = {
+    "vocab_size": 32768,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "sliding_window": None,
+}
 SHAPES = {
-    "mistral-7b-v0.3": {
-        "vocab_size": 32768,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-        "sliding_window": None,
-    }
+    "mistral-7b-v0.3": _7B_V3,
+    "mistral-1.1b-cut": _7B_V3 | {"num_hidden_layers": 4},  # published nowhere: four of the 32 layers, to measure
 }
 
 

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
 from ftcore_models._llama_like import LORA_TARGETS, TINY
 
+_COMMON = {
+    "vocab_size": 151936,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}
 SHAPES = {
-    "qwen3-0.6b": {
-        "vocab_size": 151936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-    }
+    "qwen3-0.6b": _COMMON | {"hidden_size": 1024, "intermediate_size": 3072},
+    "qwen3-1.7b": _COMMON | {"hidden_size": 2048, "intermediate_size": 6144},
 }
 CHAT = Chat(turn_ends=("<|im_end|>",), thinking=("<think>", "</think>"))
 SAMPLING = {

@@ -8,6 +8,44 @@ from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
 from ftcore_models._llama_like import LORA_TARGETS
 from ftcore_models._qwen_vl import IDS, PACKING, TEMPLATE, TEXT, TOWER, vision
 
+# The published 2B, but for the ids of its marks: they are those of the byte-level tokenizer that random weights get.
+SHAPES = {
+    "qwen3-vl-2b": {
+        "text_config": {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5000000.0,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        },
+        "vision_config": {
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_heads": 16,
+            "out_hidden_size": 2048,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+        "tie_word_embeddings": True,
+        **IDS,
+    }
+}
+
 
 @dataclass
 class Config(ModelConfig):
@@ -38,6 +76,7 @@ def ftcore_model_family() -> ModelFamily:
             "vision_config": TOWER | {"patch_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
             **IDS,
         },
+        shapes=SHAPES,
         auto_class="AutoModelForImageTextToText",
         chat_template=TEMPLATE,
         checkpoints=tuple(

@@ -74,7 +74,9 @@ def ftcore_quantize_model(plan: Plan, model: PreTrainedModel) -> PreTrainedModel
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in plan.family.lora_targets
+        if isinstance(module, nn.Linear)
+        and name.rpartition(".")[2] in plan.family.lora_targets
+        and not name.startswith(tuple(f"{path}." for path in plan.family.frozen))
     ]
     for name in names:
         parent, _, child = name.rpartition(".")

@@ -2,11 +2,13 @@
 
     python tests/bench/loss_curves.py --dtype bfloat16
     python tests/bench/loss_curves.py --dtype float16
+    python tests/bench/loss_curves.py --dtype bfloat16 --quantizer fp8
     python tests/bench/loss_curves.py --plot curves-bfloat16.json curves-float16.json --to docs/loss-curves.svg
 
 The real weights, ftcore's shipped sample rows, rank 16 on all linear layers. A seed decides the order of the rows and
 the adapter's start, the same on both sides, which the checksums of the adapters show. Every run has a process of its
-own; plain Hugging Face's imports no ftcore. Losses go to `$OUT/curves-DTYPE.json`.
+own; plain Hugging Face's imports no ftcore. Losses go to `$OUT/curves-DTYPE.json`, or to
+`$OUT/curves-DTYPE-QUANTIZER.json` where ftcore's base weights are quantized; plain Hugging Face's are not.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=8, help="rows of a step")
     parser.add_argument("--length", type=int, default=512, help="longest row in tokens")
     parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--quantizer", default="", help="of ftcore's base weights, such as fp8")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the family's tiny random model")
     parser.add_argument("--parallel", type=int, default=6, help="runs at the same time; they wait for Python, mostly")
@@ -66,7 +69,7 @@ def main(words: list[str]) -> int:
 def train(found: argparse.Namespace) -> dict[str, Any]:
     """All runs, each in its own process, and the file of their losses."""
     seeds = [int(seed) for seed in found.seeds.split(",")]
-    shared = {name: getattr(found, name) for name in ("dtype", "device", "steps", "size", "kernels")}
+    shared = {name: getattr(found, name) for name in ("dtype", "device", "steps", "size", "kernels", "quantizer")}
     runs = {f"{side}-{seed}": Run(side=side, seed=seed, **shared) for seed in seeds for side in SIDES}
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(scratch) / "rows.json"
@@ -88,7 +91,8 @@ def train(found: argparse.Namespace) -> dict[str, Any]:
     }
     if out := os.environ.get("OUT"):
         Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / f"curves-{found.dtype}.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
+        name = "-".join(filter(None, ("curves", found.dtype, found.quantizer)))
+        (Path(out) / f"{name}.json").write_text(json.dumps(kept) + "\n", encoding="utf-8")
     return kept
 
 

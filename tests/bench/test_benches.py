@@ -7,16 +7,19 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from curvebench import compare, rows
 from curvebench.training import Run, factor
-from stepbench import options, processes, profiling, table
+from stepbench import inputs, options, processes, profiling, table, trainers
 from stepbench.works import ROWS
 
 BENCH = Path(__file__).parent
+MID = [row for row in ROWS if row.startswith("1b-") and "family" in ROWS[row]]
 
 
 def run(script: str, *words: str, out: Path) -> subprocess.CompletedProcess[str]:
@@ -53,11 +56,49 @@ def test_every_side_runs_and_the_first_losses_agree(tmp_path: Path) -> None:
     assert len((tmp_path / "profile-0.6b-lora.txt").read_text(encoding="utf-8").splitlines()) > 12
 
 
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=() if row in ("1b-qwen3-moe", "1b-qwen3-vl") else pytest.mark.slow) for row in MID]
+)
+def test_families_are_measured_on_the_same_parameters(row: str, tmp_path: Path) -> None:
+    done = run("train_step.py", row, "--device", "cpu", "--tiny", "--sides", "hf,ftcore", out=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "first losses agree within 0.5 %" in done.stdout
+    kept = json.loads((tmp_path / f"{row}.json").read_text(encoding="utf-8"))
+    work, (hf, ours) = kept["work"]["off"], kept["results"].values()
+    assert hf["trained"] == ours["trained"] > 0
+    assert hf["first_loss"] == pytest.approx(ours["first_loss"], rel=1e-4)
+    assert ours["claims"]
+    assert work["parameters"] if row == "1b-qwen3-moe" else not work["parameters"]
+    assert "visual" in work["targets"] if row == "1b-qwen3-vl" else "q_proj" in work["targets"]
+
+
+def test_images_are_before_the_words_and_are_not_trained() -> None:
+    job = work(family="qwen3_vl", images=2)
+    found = processes.located(job, 100)
+    assert found.pop("status") == "ok"
+    job = replace(job, **found)
+    batches = inputs.inputs(job, 3)
+    assert [batch["pixel_values"].shape for batch in batches] == [(2 * 2 * 16, 3 * 2 * 16 * 16)] * 3
+    ids, labels, image = (batches[1][name] for name in ("input_ids", "labels", "mm_token_type_ids"))
+    assert ids.shape == labels.shape == (2, 32)
+    assert image[0].tolist() == [0, 1, 1, 1, 1, 0] * 2 + [0] * 20
+    assert (ids[image == 1] == 261).all()
+    assert not (ids[:, 12:] >= 259).any()
+    assert (labels[:, :12] == -100).all()
+    assert torch.equal(labels[:, 12:], ids[:, 12:])
+    assert not torch.equal(batches[0]["input_ids"], ids)
+    with pytest.raises(SystemExit, match="36 tokens of a row's 32"):
+        inputs.inputs(replace(job, images=6), 3)
+    with pytest.raises(SystemExit, match="bare loops only: --sides hf,ftcore"):
+        trainers.dataset(job, labels=True)
+
+
 def test_a_side_that_fails_is_shown_and_the_others_go_on(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--tiny", "--quantizer", "bnb_int8", "--sides", "hf,ftcore", "--memory", "least,auto"]
     done = run("train_step.py", *words, out=tmp_path)
     assert done.returncode == 1
-    assert "hf: failed, exit 1\nthe peers know no quantizer 'bnb_int8'" in done.stdout
+    assert "hf: failed, exit 1\n" in done.stdout
+    assert "\nthe peers know no quantizer 'bnb_int8'\n" in done.stdout
     assert "ftcore least: " in done.stdout
     assert "ftcore auto: " in done.stdout
 
@@ -68,7 +109,7 @@ def work(**changes: Any) -> Any:
 
 
 def test_a_side_over_its_limit_is_ended() -> None:
-    result = processes.call(["hf", "{}"], work(), "sleep 60", limit=0.5)
+    result = processes.Process("unsloth", "cpu", "sleep 60").run("{}", limit=0.5)
     assert result == {"status": "failed", "detail": "over its limit of 0 s\n"}
 
 
@@ -95,6 +136,14 @@ def test_losses_that_differ_are_said(other: float) -> None:
     assert table.agree({"hf": result(12.57), "ftcore least": result(12.6)})
     assert not table.agree({"hf": result(12.57), "ftcore least": result(other)})
     assert not table.agree({"hf": {"status": "failed", "detail": ""}})
+
+
+def test_sides_that_train_other_parameters_are_said() -> None:
+    results = {"hf": {**result(1), "trained": 1000}, "trl": result(1), "ftcore off": {**result(1), "trained": 1000}}
+    assert table.trained_alike(results)
+    results["ftcore off"]["trained"] = 1016
+    assert not table.trained_alike(results)
+    assert "OTHER PARAMETERS ARE TRAINED: hf 1,000, ftcore off 1,016" in table.verdicts(results)
 
 
 def test_the_table_has_ratios_and_the_trainer_is_held_to_the_loop() -> None:

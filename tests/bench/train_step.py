@@ -3,9 +3,10 @@
     python tests/bench/train_step.py 8b-lora --peers 'source .whl/enter.sh --peers'
     python tests/bench/train_step.py --family llama --shape llama3.1-8b --rows 4 --length 2048 --memory least
 
-Random weights of a real shape, real random token ids, all linear projections adapted, fused AdamW; the median of the
-timed steps after warm-up; peak is `torch.cuda.max_memory_allocated` after warm-up. All sides start from the same
-checkpoint folder, and their first losses must agree within 0.5 %, or the last lines say so and the exit code is 1.
+Random weights of a real shape, real random token ids, all that the family declares for LoRA adapted, fused AdamW; the
+median of the timed steps after warm-up; peak is `torch.cuda.max_memory_allocated` after warm-up. All sides start from
+the same checkpoint folder and train as many parameters, and their first losses must agree within 0.5 %, or the last
+lines say so and the exit code is 1.
 Results also go to `$OUT/ROW.json`, those of `--profile` to `$OUT/profile-ROW.txt`. Rows are in stepbench/works.py.
 Where a machine gives a command only minutes, `--known ROW.json` takes the sides that an earlier command measured there.
 """
@@ -35,21 +36,25 @@ def main(words: list[str]) -> int:
     works = options.works(found)
     first = next(iter(works.values()))
     name = found.row or f"{first.shape}-{first.rows}x{first.length}-r{first.rank}-{first.quantizer}-{found.memory}"
-    if first.folder:
-        works = {memory: replace(work, folder=str(Path(first.folder).resolve())) for memory, work in works.items()}
-    else:
-        made = processes.located(first, found.limit)
-        if made["status"] != "ok":
-            print(f"no checkpoint folder: {made['detail']}")
-            return 1
-        works = {memory: replace(work, folder=made["folder"]) for memory, work in works.items()}
+    planned = jobs(found.sides.split(","), works)
+    waiting = [processes.Process(side, first.device, found.peers) for side, *_ in planned] if found.ahead else []
+    folder = str(Path(first.folder).resolve()) if first.folder else ""
+    made = processes.located(replace(first, folder=folder), found.limit)
+    if made.pop("status") != "ok":
+        print(f"no checkpoint folder: {made['detail']}")
+        return 1
+    works = {memory: replace(work, **made) for memory, work in works.items()}
+    first = next(iter(works.values()))
     print(f"{name}: {first.title()}", flush=True)
     results = known(found.known, first) if found.known else {}
-    for side, memory, label in jobs(found.sides.split(","), works):
+    for process in waiting:
+        process.ready()
+    for side, memory, label in planned:
         start = time.monotonic()
+        process = waiting.pop(0) if waiting else processes.Process(side, first.device, found.peers)
         # The profile is of ftcore's bare loop alone.
         work = replace(works[memory], profile=found.profile and side == "ftcore")
-        result = processes.measured(side, work, found.peers, found.limit)
+        result = process.run(work.text(), found.limit)
         results[label] = {**result, "seconds": time.monotonic() - start}
         print(table.line(label, results[label]), flush=True)
         keep(name, words, works, results)
@@ -60,7 +65,7 @@ def main(words: list[str]) -> int:
             print(f"{label}: {profiling.digest(result['profile']).lstrip()}")
     print("\n".join(table.verdicts(results)))
     failed = any(result["status"] == "failed" for result in results.values())
-    return 0 if table.agree(results) and not failed else 1
+    return 0 if table.agree(results) and table.trained_alike(results) and not failed else 1
 
 
 def jobs(sides: list[str], works: dict[str, Work]) -> list[tuple[str, str, str]]:
@@ -75,7 +80,20 @@ def jobs(sides: list[str], works: dict[str, Work]) -> list[tuple[str, str, str]]
     ]
 
 
-SAME = ("family", "shape", "rows", "length", "rank", "quantizer", "recompute", "optimizer", "device", "warmup", "steps")
+SAME = (
+    "family",
+    "shape",
+    "rows",
+    "length",
+    "rank",
+    "quantizer",
+    "recompute",
+    "optimizer",
+    "device",
+    "warmup",
+    "steps",
+    "images",
+)
 """What must be alike in work for its results to be compared."""
 
 
@@ -83,7 +101,7 @@ def known(file: str, work: Work) -> table.Results:
     """Results of an earlier command, of the same work."""
     kept = json.loads(Path(file).read_text(encoding="utf-8"))
     earlier = next(iter(kept["work"].values()))
-    if other := [field for field in SAME if earlier[field] != getattr(work, field)]:
+    if other := [field for field in SAME if earlier.get(field, 0) != getattr(work, field)]:
         raise SystemExit(f"{file} is of other work: {other[0]} is {earlier[other[0]]}, not {getattr(work, other[0])}")
     results: table.Results = {label: {**result, "known": True} for label, result in kept["results"].items()}
     return results

@@ -28,7 +28,7 @@ def draw(kept: list[dict[str, Any]], to: Path) -> None:
         axis.fill_between(steps, low, high, color=HF, alpha=0.25, linewidth=0, label="plain HF, seeds")
         axis.plot(steps, mean(hf), color=HF, linewidth=1.6, label="plain HF, mean")
         axis.plot(steps, mean(ftcore), color=FTCORE, linewidth=1.1, linestyle="--", label="ftcore, mean")
-        axis.set_title(one["dtype"])
+        axis.set_title(", ftcore's base in ".join(filter(None, (one["dtype"], one["run"].get("quantizer")))))
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel(f"training loss, mean of {WINDOW} steps")

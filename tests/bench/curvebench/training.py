@@ -29,6 +29,8 @@ class Run:
     rate: float = 5e-4
     """Peak learning rate: linear over the first 20th of the steps, then linear to 0."""
     kernels: str = "auto"
+    quantizer: str = ""
+    """Of ftcore's base weights, such as `fp8`; plain Hugging Face keeps 16 bits."""
 
 
 def trained(run: Run, data: dict[str, Any]) -> dict[str, Any]:
@@ -94,6 +96,7 @@ def load_ftcore(run: Run, folder: str) -> Any:
         f"adapter.r={run.rank}",
         f"adapter.alpha={2 * run.rank}",
         f"kernels=[{run.kernels}]",
+        *([f"+quantizer={run.quantizer}"] if run.quantizer else []),
         "memory=off",
         "+trainer=sft",
         f"trainer.seed={run.seed}",

@@ -8,7 +8,8 @@ import statistics
 import time
 from typing import Any
 
-from stepbench.works import FREE, Work, token_ids
+from stepbench.inputs import inputs
+from stepbench.works import FREE, Work
 
 GIB = 2**30
 
@@ -108,24 +109,25 @@ def measure(work: Work, model: Any, free: bool = False, optimizer: Any = None) -
     """
     model.train()
     optimizer = optimizer or make_optimizer(work, model)
-    batches = token_ids(work)[: None if free else work.total].to(work.device)
+    batches = inputs(work, work.total + (FREE if free else 0))
 
-    def step(ids: Any) -> Any:
+    def step(batch: dict[str, Any]) -> Any:
         with autocast(work):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
 
     meter, losses = Meter(work), []
-    for ids in batches:
+    for batch in batches:
         meter.start()
-        loss = step(ids)
+        loss = step(batch)
         meter.stop()
         losses.append(loss)
     losses = [float(loss) for loss in losses[: work.total]]
-    result = {**meter.result(losses[0]), "losses": losses}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    result = {**meter.result(losses[0]), "losses": losses, "trained": trained}
     if work.profile:
         from stepbench.profiling import profiled
 

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +17,57 @@ from stepbench.works import Work
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_step.py"
 MARK = "RESULT "
+READY = "READY"
 LINES = 15
 """Lines of a failed side's errors that are shown."""
 
 
-def measured(side: str, work: Work, peers: str, limit: float) -> dict[str, Any]:
-    """What the side reports, or `status` and `detail` of how it failed."""
-    return call([side, work.text()], work, peers if side in PEERS else "", limit)
-
-
 def located(work: Work, limit: float) -> dict[str, Any]:
-    """The checkpoint folder, made once, by ftcore."""
-    return call(["locate", work.text()], work, "", limit)
+    """The checkpoint folder, made once, by ftcore, and what ftcore adapts of it."""
+    return Process("locate", work.device).run(work.text(), limit)
 
 
-def call(words: list[str], work: Work, before: str, limit: float) -> dict[str, Any]:
-    """Run this script's inner form, after a shell command where there is one."""
-    command = shlex.join([sys.executable, str(SCRIPT), "--inner", *words])
-    shell = f"{before}; exec {command}" if before else f"exec {command}"
-    process = subprocess.Popen(
-        ["bash", "-c", shell],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=environment(work.device),
-        start_new_session=True,  # so that a side over its limit ends with the compilers that it started
-    )
-    try:
-        output, errors = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        _, errors = process.communicate()
-        return {"status": "failed", "detail": f"over its limit of {limit:.0f} s\n{tail(errors)}"}
-    found = [line for line in output.splitlines() if line.startswith(MARK)]
-    if process.returncode or not found:
-        return {"status": "failed", "detail": f"exit {process.returncode}\n{tail(errors)}"}
-    result: dict[str, Any] = json.loads(found[-1].removeprefix(MARK))
-    return result
+class Process:
+    """This script's inner form: it imports its packages, and waits for its work."""
+
+    def __init__(self, side: str, device: str, peers: str = "") -> None:
+        command = shlex.join([sys.executable, str(SCRIPT), "--inner", side])
+        before = peers if side in PEERS else ""
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  open as long as the process is
+        self._process = subprocess.Popen(
+            ["bash", "-c", f"{before}; exec {command}" if before else f"exec {command}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            errors="replace",
+            env=environment(device),
+            start_new_session=True,  # so that a side over its limit ends with the compilers that it started
+        )
+
+    def ready(self) -> None:
+        """Wait until everything is imported, or failed to be."""
+        assert self._process.stdout is not None
+        while (line := self._process.stdout.readline()) and line.strip() != READY:
+            pass
+
+    def run(self, work: str, limit: float) -> dict[str, Any]:
+        """What the side reports of its work, or `status` and `detail` of how it failed."""
+        try:
+            output, _ = self._process.communicate(work + "\n", timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
+            return {"status": "failed", "detail": f"over its limit of {limit:.0f} s\n{self._last()}"}
+        found = [line for line in output.splitlines() if line.startswith(MARK)]
+        if self._process.returncode or not found:
+            return {"status": "failed", "detail": f"exit {self._process.returncode}\n{self._last()}"}
+        result: dict[str, Any] = json.loads(found[-1].removeprefix(MARK))
+        return result
+
+    def _last(self) -> str:
+        self._errors.seek(0)
+        return tail(self._errors.read())
 
 
 def environment(device: str) -> dict[str, str]:
@@ -70,15 +84,18 @@ def tail(text: str) -> str:
     return "\n".join(text.strip().splitlines()[-LINES:])
 
 
-def inner(side: str, text: str) -> None:
+def inner(side: str) -> None:
     """The inner form: one side, or the checkpoint folder, and its result as a line."""
-    work = Work(**json.loads(text))
+    from stepbench import sides
+
+    if side != "locate":
+        sides.imports(side)
+    print(READY, flush=True)
+    work = Work(**json.loads(sys.stdin.readline()))
     if side == "locate":
         from stepbench.folder import locate
 
-        result = {"status": "ok", "folder": locate(work)}
+        result = {"status": "ok", **locate(work)}
     else:
-        from stepbench import sides
-
         result = sides.run(side, work)
     print(MARK + json.dumps(result), flush=True)

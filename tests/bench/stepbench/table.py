@@ -53,10 +53,18 @@ def agree(results: Results) -> bool:
     return bool(losses) and all(abs(loss - losses[0]) <= AGREE * abs(losses[0]) for loss in losses)
 
 
+def trained_alike(results: Results) -> bool:
+    """Whether all sides that counted them train as many parameters."""
+    return len({r["trained"] for r in results.values() if "trained" in r}) < 2
+
+
 def verdicts(results: Results) -> list[str]:
     """Agreement of the losses, and what ftcore's trainer costs over the bare loop."""
     same = f"first losses agree within {100 * AGREE:.1f} %"
     found = [same if agree(results) else "FIRST LOSSES DISAGREE, or no side ran"]
+    if not trained_alike(results):
+        counts = ", ".join(f"{label} {r['trained']:,}" for label, r in results.items() if "trained" in r)
+        found.append(f"OTHER PARAMETERS ARE TRAINED: {counts}")
     for label, result in results.items():
         bare = results.get(label.replace("ftcore_trainer", "ftcore"))
         if label.startswith("ftcore_trainer") and bare and {bare["status"], result["status"]} == {"ok"}:

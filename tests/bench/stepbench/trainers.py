@@ -33,5 +33,7 @@ def dataset(work: Work, labels: bool) -> Any:
     """Rows of exactly `length` tokens in the order of the bare loop's batches; every token is trained."""
     from datasets import Dataset
 
+    if work.images:
+        raise SystemExit("rows with images are measured in bare loops only: --sides hf,ftcore")
     ids = token_ids(work).flatten(0, 1).tolist()
     return Dataset.from_dict({"input_ids": ids, **({"labels": ids} if labels else {})})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ ALL = "hf,liger,unsloth,trl,ftcore,ftcore_trainer"
 
 LORA_8B = {"shape": "llama3.1-8b", "rows": 4, "length": 2048, "rank": 16}
 NF4_8B = {**LORA_8B, "quantizer": "bnb_nf4"}
+MID = {"rows": 4, "length": 2048, "rank": 16, "memory": "off", "sides": "hf,ftcore,ftcore_trainer"}
 
 ROWS: dict[str, dict[str, Any]] = {
     "8b-lora": {**LORA_8B, "memory": "least,auto@19.4,auto"},
@@ -23,6 +24,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "8b-fp8-auto": {**LORA_8B, "quantizer": "fp8", "memory": "auto", "sides": "ftcore"},
     "1b-full": {"shape": "llama3.2-1b", "rank": 0, "memory": "off,auto@14.7", "optimizer": "adamw8bit"},
     "0.6b-lora": {"family": "qwen3", "shape": "qwen3-0.6b", "rows": 2, "length": 1024, "memory": "off"},
+    "1b-qwen3": {**MID, "family": "qwen3", "shape": "qwen3-1.7b"},
+    "1b-gemma3": {**MID, "family": "gemma3", "shape": "gemma3-1b"},
+    "1b-mistral": {**MID, "family": "mistral", "shape": "mistral-1.1b-cut"},
+    "1b-qwen3-moe": {**MID, "family": "qwen3_moe", "shape": "qwen3-moe-1.3b-cut"},
+    "1b-qwen3-vl": {**MID, "family": "qwen3_vl", "shape": "qwen3-vl-2b", "images": 2, "sides": "hf,ftcore"},
 }
 """Row to the options that it sets; options on the command line win over them."""
 
@@ -39,7 +45,7 @@ class Work:
     rows: int
     length: int
     rank: int
-    """Rank of LoRA on all linear layers; 0 trains all weights."""
+    """Rank of LoRA on all that the family declares; 0 trains all weights."""
     quantizer: str
     kernels: str
     memory: str
@@ -50,9 +56,16 @@ class Work:
     warmup: int
     steps: int
     device: str
+    images: int = 0
+    """Images of a row, in Qwen's layout: bare loops only."""
     profile: bool = False
     folder: str = ""
     """Checkpoint folder, the same for all sides."""
+    auto_class: str = "AutoModelForCausalLM"
+    targets: list[str] | str = field(default_factory=list)
+    """Names of the linear layers that LoRA adapts, or the expression of their paths, the same for all sides."""
+    parameters: list[str] = field(default_factory=list)
+    """3-D weights of experts that LoRA adapts as well."""
 
     @property
     def tiny(self) -> bool:
@@ -71,26 +84,29 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step, all of them trained."""
+        """Tokens of a step; all are trained but those of images."""
         return self.rows * self.length
+
+    @property
+    def patches(self) -> int:
+        """Patches along each side of an image: 512 pixels of Qwen3-VL's."""
+        return 4 if self.tiny else 32
 
     def title(self) -> str:
         """The work in a line."""
         what = f"LoRA r{self.rank}" if self.rank else "full"
         weights = self.dtype if self.quantizer == "none" else self.quantizer
+        what += " (experts too)" if self.rank and self.parameters else ""
+        images = f" with {self.images} images of {self.patches}² patches a row" if self.images else ""
         peers = "on" if self.recompute else "off"
         return (
-            f"{self.shape}, {what}, {weights}, {self.rows} x {self.length}, {self.optimizer}, "
+            f"{self.shape}, {what}, {weights}, {self.rows} x {self.length}{images}, {self.optimizer}, "
             f"kernels={self.kernels}, peers' gradient checkpointing {peers} (trl: its default, on)"
         )
 
     def text(self) -> str:
         """As JSON, for the command line of a side."""
         return json.dumps(asdict(self))
-
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-"""The adapted layers: all linear layers of the measured families."""
 
 
 FREE = 12

@@ -26,6 +26,13 @@ MEMORY = frozenset({"ftcore", "ftcore_trainer"})
 PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "bitsandbytes", "liger-kernel", "unsloth", "ftcore")
 
 
+def imports(side: str) -> None:
+    """Import what takes seconds and needs no work; a peer that rewrites transformers comes before it."""
+    for package in (NEEDS[side], "torch", "transformers", "peft"):
+        if importlib.util.find_spec(package) is not None:
+            importlib.import_module(package)
+
+
 def run(side: str, work: Work) -> dict[str, Any]:
     """Measure a side in this process."""
     if importlib.util.find_spec(NEEDS[side]) is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from stepbench.loop import measure
-from stepbench.works import TARGETS, Work
+from stepbench.works import Work
 
 
 def run(work: Work) -> dict[str, Any]:
@@ -51,15 +51,21 @@ def lora(work: Work) -> Any:
 
     if not work.rank:
         return None
-    return LoraConfig(task_type="CAUSAL_LM", r=work.rank, lora_alpha=32, target_modules=TARGETS)
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=work.rank,
+        lora_alpha=32,
+        target_modules=work.targets,
+        target_parameters=work.parameters or None,
+    )
 
 
 def base(work: Work) -> Any:
     """The model without its adapter."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model = AutoModelForCausalLM.from_pretrained(work.folder, **options(work))
-    model.config.use_cache = False
+    model = getattr(transformers, work.auto_class).from_pretrained(work.folder, **options(work))
+    model.config.use_cache = model.config.get_text_config().use_cache = False
     return model
 
 

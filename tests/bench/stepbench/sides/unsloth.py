@@ -11,7 +11,7 @@ import tempfile
 from typing import Any
 
 from stepbench.loop import measure
-from stepbench.works import TARGETS, Work
+from stepbench.works import Work
 
 
 def run(work: Work) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def load(work: Work) -> Any:
         model = FastLanguageModel.get_peft_model(
             model,
             r=work.rank,
-            target_modules=TARGETS,
+            target_modules=work.targets,
             lora_alpha=32,
             lora_dropout=0,
             bias="none",
