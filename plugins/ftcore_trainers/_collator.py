@@ -18,7 +18,7 @@ from ftcore_trainers._buckets import Buckets
 
 Batch = dict[str, Any]
 
-COUNTS = ("num_tokens", "supervised")
+COUNTS = ("num_tokens", "supervised", "begins")
 """What a batch says about itself besides what the model takes."""
 
 
@@ -33,10 +33,11 @@ class WithoutMask:
     """Whether to find the supervised tokens here, where the loss need not wait for a device to count them."""
 
     def __call__(self, rows: Sequence[Any]) -> Batch:
-        """Return the batch with two things for the mask.
+        """Return the batch with what it says of itself for the mask.
 
         `num_tokens` is the number of tokens that are no padding, `supervised` `[n]` int64 the places among all `B * S`
-        hidden states whose next token has a label.
+        hidden states whose next token has a label. Packed rows also have `begins`, a NumPy bool `[B, S]` that stays on
+        the host: whether a token is the first of its document.
         """
         batch = self.collate(rows)
         mask = batch.pop("attention_mask", None)
@@ -45,6 +46,8 @@ class WithoutMask:
         if self.find_supervised:
             after = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
             batch["supervised"] = torch.nonzero(after.reshape(-1) != -100).squeeze(1)
+            if (positions := batch.get("position_ids")) is not None:
+                batch["begins"] = (torch.diff(positions, prepend=positions[:, :1]) != 1).numpy()
         return batch
 
 

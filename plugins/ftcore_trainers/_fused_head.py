@@ -3,7 +3,8 @@
 What a kernel for the role `lm_head` keeps to, so that a trainer may use it. Its forward, bound to the `...ForCausalLM`
 instance, answers `labels` with `fused_lm_head=True` by the fields of TRL's `FusedCausalLMOutput` (`log_probs` and
 `loss` with gradients, `entropy` and `is_top1` without), and with `fused_loss=True` by `loss`, `entropy_sum`, `top1_sum`
-and `tokens`. The instance's attribute `ftcore_lm_head` has a `temperature`, which divides the logits of the former.
+and `tokens`. The instance's attribute `ftcore_lm_head` has a `temperature`, which divides the logits of the former, and
+`mean_logits`: whether the former has the field of that name, without a gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ftcore.patching import BOUND
 SETTINGS = "ftcore_lm_head"
 
 
-def take_over(trainer: Any, temperature: float = 1.0) -> bool:
+def take_over(trainer: Any, temperature: float = 1.0, mean_logits: bool = False) -> bool:
     """Put the kernel's head where TRL's is; returns False, and TRL's stays, where there is none or it does not fit.
 
     Called after TRL's constructor, which binds its own forward to the base model.
@@ -25,7 +26,7 @@ def take_over(trainer: Any, temperature: float = 1.0) -> bool:
     routed = hasattr(base.config.get_text_config(), "output_router_logits")  # TRL's head has the router's loss
     if settings is None or forward is None or routed or _sharded(trainer):
         return False
-    settings.temperature = temperature
+    settings.temperature, settings.mean_logits = temperature, mean_logits
     base.forward = forward
     return True
 

@@ -21,7 +21,10 @@ from ftcore_trainers._collator import COUNTS, WithoutMask, causal
 from ftcore_trainers._fused_head import base_of
 from ftcore_trainers._token_sums import TokenSums
 
-SFT = ("+model=qwen3", "model.tiny=true", "+trainer=sft", "trainer.max_length=160")
+CPU = not torch.cuda.is_available()
+CLOSE = 1e-5 if CPU else 1e-4
+"""A GPU adds up gradients of embeddings in any order, and the rest of shapes in others."""
+SFT = ("+model=qwen3", "model.tiny=true", "model.dtype=float32", "+trainer=sft", "trainer.max_length=160")
 GRPO = ("+model=llama", "model.tiny=true", "model.dtype=float32", "+trainer=grpo", "trainer.max_completion_length=8")
 STEPS = ("trainer.max_steps=2", "trainer.global_batch=4", "sampling.max_new_tokens=2", "prompts=[]")
 
@@ -71,7 +74,9 @@ def test_sft_logs_what_trl_logs(watched, adapter) -> None:
             # Over several batches, our mean is one over tokens.
             several = name in ("eval_entropy", "eval_mean_token_accuracy")
             if not any(word in name for word in timed):
-                assert mine[name] == pytest.approx(other[name], rel=2e-2 if several else 1e-4), name
+                # Launches of filled-up batches are recorded on a GPU: their pads count as work done.
+                close = 2e-2 if several else 1e-4 if CPU else 0.3 if name == "total_flos" else 1e-3
+                assert mine[name] == pytest.approx(other[name], rel=close), name
     assert {"entropy", "mean_token_accuracy", "num_tokens"} <= set(ours_lines[1])
     after = dict(theirs.trainer.model.named_parameters())
     for name, p in ours.trainer.model.named_parameters():
@@ -114,7 +119,9 @@ def test_micro_batches_make_the_same_step(watched) -> None:
     for loss, after in steps[1:]:
         assert loss == pytest.approx(steps[0][0], abs=1e-5)
         for name, p in after.items():
-            torch.testing.assert_close(p, steps[0][1][name], rtol=1e-5, atol=1e-5, msg=name)
+            torch.testing.assert_close(
+                p, steps[0][1][name], rtol=CLOSE, atol=CLOSE, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 class Waits(TorchDispatchMode):
@@ -133,22 +140,18 @@ class Waits(TorchDispatchMode):
 def test_a_step_waits_for_nothing_and_metrics_wait_for_the_log(watched) -> None:
     def look(trainer: Any) -> tuple[list[str], ...]:
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-        assert set(inputs) == {"input_ids", "labels", *COUNTS}
+        assert set(inputs) == {"input_ids", "labels", "num_tokens", "supervised"}
         trainer.model.train()
-        with Waits() as backbone:
-            base_of(trainer.model).base_model(input_ids=inputs["input_ids"], use_cache=False)
         with Waits() as step:
             trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(9))
         del inputs["supervised"]
         with Waits() as without:
             trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(9))
         trainer._sums["train"] = TokenSums()
-        return backbone.seen, step.seen, without.seen
+        return step.seen, without.seen
 
     seen = watched(*SFT, "kernels=[reference]", look=look)
-    backbone, step, without = seen.answer
-    assert step == backbone
-    assert without == ["nonzero", *backbone], "what is not given is looked for, before the backbone"
+    assert seen.answer == ([], ["nonzero"]), "what is not given is looked for"
 
 
 def test_asking_for_the_outputs_gives_the_logits(watched) -> None:
@@ -192,7 +195,8 @@ def test_right_padding_needs_no_mask(family, kernel_set) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
-def test_steps_between_two_lines_of_the_log_wait_for_nothing(in_tmp) -> None:
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_steps_between_two_lines_of_the_log_wait_for_nothing(in_tmp, packing) -> None:
     from transformers import TrainerCallback
 
     class Strict(TrainerCallback):
@@ -205,6 +209,7 @@ def test_steps_between_two_lines_of_the_log_wait_for_nothing(in_tmp) -> None:
                 torch.cuda.set_sync_debug_mode("default")
 
     words = [*SFT, "trainer.max_steps=14", "trainer.logging_steps=100", "trainer.global_batch=4", "prompts=[]"]
+    words = [*words, f"trainer.packing={packing}"]
     try:
         ftcore.run([*words, "model.dtype=bfloat16"], plugins=[Seen(lambda trainer: trainer.add_callback(Strict()))])
     finally:
@@ -233,15 +238,15 @@ def test_grpo_losses_are_those_of_trl_s_head(watched) -> None:
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         inputs["old_per_token_logps"] = None
         trainer.current_gradient_accumulation_steps = 1
-        inputs["advantages"] = torch.linspace(-1, 1, len(inputs["advantages"]))
-        answers = []
+        inputs["advantages"] = torch.linspace(-1, 1, len(inputs["advantages"])).to(inputs["advantages"])
+        tokens, answers = torch.tensor(20).to(inputs["advantages"].device), []
         for put in (
             lambda: None,
             lambda: add_fused_lm_head(base, trainer.temperature, False, ("log_probs", "entropy")),
         ):
             put()
             trainer.model.zero_grad()
-            loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=torch.tensor(20))
+            loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=tokens)
             loss.backward()
             named = trainer.model.named_parameters()
             answers.append((loss.detach(), {name: p.grad.clone() for name, p in named if p.grad is not None}))

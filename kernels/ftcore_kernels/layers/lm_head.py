@@ -24,11 +24,13 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ftcore import Role, bind
+from ftcore_kernels.layers.decoder.attention import handed
 from ftcore_kernels.layers.lm_head_outputs import FusedLoss, FusedTokens
 from ftcore_kernels.layers.lm_head_parts import (
     IGNORED,
     Targets,
     head_of,
+    mean_logits,
     next_tokens,
     operands,
     routes,
@@ -46,6 +48,8 @@ class Settings:
 
     temperature: float = 1.0
     """Divides the logits of `fused_lm_head=True`; a loss asked for in another way is at temperature 1."""
+    mean_logits: bool = False
+    """Whether `fused_lm_head=True` answers with `mean_logits`."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +89,25 @@ class FusedHead:
     def tokens(self, module: Any, targets: Targets, kwargs: dict[str, Any], *, shifted: bool) -> FusedTokens:
         """The log-probability of every next token, for a loss of the trainer's own."""
         metrics: dict[str, torch.Tensor] = {}
-        temperature = getattr(module, SETTINGS).temperature
+        settings: Settings = getattr(module, SETTINGS)
+        temperature, means = settings.temperature, None
         if (head := head_of(module)) is None:
-            logprobs = slow_logprobs(self._logits(module, kwargs), targets, temperature, metrics)
+            logits = self._logits(module, kwargs)
+            logprobs = slow_logprobs(logits, targets, temperature, metrics)
+            if settings.mean_logits:
+                means = logits.detach().mean(-1, dtype=torch.float32).div(temperature) * (targets.labels != IGNORED)
         else:
             arguments, options = operands(module, _backbone(module, kwargs).last_hidden_state, head, targets)
             logprobs = self.logprobs(*arguments, temperature=temperature, metrics=metrics, **options)
+            if settings.mean_logits:
+                means = mean_logits(*arguments, temperature=temperature, **options)
         # Nothing follows the last token: its column is the padding of the shift.
         width = logprobs.shape[1] - (0 if shifted else 1)
         return FusedTokens(
             loss=targets.mean_nll(logprobs),
             log_probs=logprobs[:, :width],
             entropy=metrics["entropy"][:, :width],
+            mean_logits=None if means is None else means[:, :width],
             is_top1=metrics["top1"][:, :width],
             label_mask=targets.labels.to(logprobs.device)[:, :width] != IGNORED,
         )
@@ -147,11 +158,13 @@ def forward_of(fused: FusedHead) -> Callable[..., Any]:
         shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         supervised: torch.Tensor | None = None,
+        begins: Any = None,
         **kwargs: Any,
     ) -> Any:
         """input_ids [B, S], labels or shift_labels [B, S] -> see the module's docstring.
 
-        `supervised` [n] int64 spares the wait for the device that finding the supervised among the B S tokens is.
+        `supervised` [n] int64 spares the wait for the device that finding the supervised among the B S tokens is, and
+        `begins`, a NumPy bool [B, S] that says which tokens are the first of their documents, the one for the mask.
         Raises TypeError for a fused answer without labels, NotImplementedError for one with a router's loss.
         """
         if len(args) > len(names):
@@ -162,13 +175,13 @@ def forward_of(fused: FusedHead) -> Callable[..., Any]:
         if fused_lm_head or fused_loss:
             _check_fused(module, labelled, kwargs)
             targets = next_tokens(labels, shift_labels, num_items_in_batch, supervised)
-            kwargs["use_cache"] = False
+            kwargs = handed(module.base_model, kwargs | {"use_cache": False}, begins)
             if fused_loss:
                 return fused.loss(module, targets, kwargs)
             return fused.tokens(module, targets, kwargs, shifted=shift_labels is not None)
         if labelled and takes_plain_loss(module, kwargs) and (head := head_of(module)) is not None:
             targets = next_tokens(labels, shift_labels, num_items_in_batch, supervised)
-            return fused.output(module, head, targets, kwargs)
+            return fused.output(module, head, targets, handed(module.base_model, kwargs, begins))
         given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         return fused.plain(module, **kwargs, **{name: value for name, value in given.items() if value is not None})
 

@@ -105,6 +105,35 @@ def operands(
     return arguments, options | logit_form(module.config)
 
 
+@torch.no_grad()
+def mean_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+    chunk: int,
+    temperature: float,
+    softcap: float,
+    scale: float,
+) -> torch.Tensor:
+    """Means of the logits over the vocabulary, `[B, S]` fp32, 0 in rows that are not taken; arguments as of the ops.
+
+    Without a cap the mean of the products is the product with the mean, which takes no logits at all.
+    """
+    flat, taken = hidden.reshape(-1, hidden.shape[-1]), []
+    if not softcap:
+        offset = 0.0 if bias is None else bias.float().mean()
+        taken.append((flat[rows].float() @ weight.mean(0, dtype=torch.float32) + offset) * scale)
+    else:
+        for part in torch.split(rows, chunk):
+            logits = F.linear(flat[part], weight, bias).float() * scale
+            taken.append((logits / softcap).tanh_().mean(1) * softcap)
+    means = torch.cat(taken) / temperature
+    return means.new_zeros(labels.numel()).index_copy(0, rows, means).view(labels.shape)
+
+
 def slow_logprobs(
     logits: torch.Tensor, targets: Targets, temperature: float, metrics: dict[str, torch.Tensor]
 ) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ftcore import Plan, Role, bind
-from ftcore_kernels.layers.decoder.attention import Mask, reading, use
+from ftcore_kernels.layers.decoder.attention import Mask, reading, taken, use
 from ftcore_kernels.layers.decoder.function import run, trained
 from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.recompute import Recompute
@@ -36,6 +36,7 @@ def forward(
 ) -> torch.Tensor:
     """hidden_states `[B, S, H]` -> the same shape and dtype."""
     recompute: Recompute = module.ftcore_recompute
+    attention_mask = taken(attention_mask)
     keep = recompute.keep(hidden_states)
     graphs, key, kind, tables = None, (), (getattr(module.self_attn, "layer_type", None),), ()
     plain = past_key_values is None and position_embeddings is not None and not kwargs.get("output_attentions")

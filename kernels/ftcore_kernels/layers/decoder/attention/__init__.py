@@ -10,6 +10,7 @@ from ftcore_kernels.layers.decoder.attention.documents import Documents
 from ftcore_kernels.layers.decoder.attention.interface import use
 from ftcore_kernels.layers.decoder.attention.kernels import Attention, Cudnn, Differentiated, Flash
 from ftcore_kernels.layers.decoder.attention.mask import Mask, Reading, reading
+from ftcore_kernels.layers.decoder.attention.said import handed, taken
 
 __all__ = [
     "Attention",
@@ -21,6 +22,8 @@ __all__ = [
     "Mask",
     "Reading",
     "choose",
+    "handed",
     "reading",
+    "taken",
     "use",
 ]

@@ -12,6 +12,7 @@ from ftcore.patching import UNDO
 from ftcore_kernels.layers.decoder.attention.choice import EAGER, SDPA, eager, fused
 from ftcore_kernels.layers.decoder.attention.kernels import Attention
 from ftcore_kernels.layers.decoder.attention.mask import Mask, describe
+from ftcore_kernels.layers.decoder.attention.said import taken
 
 ON = frozenset({"cuda"})
 """Where there are kernels that take a described mask."""
@@ -58,6 +59,7 @@ def attend(
     """An attention function of transformers: q `[B, Hq, S, D]`, k and v `[B, Hkv, T, D]` -> `[B, S, Hq, D]`."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    attention_mask = taken(attention_mask)
     if isinstance(attention_mask, Mask):
         same = query.shape[2:] == key.shape[2:] == value.shape[2:]
         more = any(options.get(name) is not None for name in BESIDES)
@@ -85,6 +87,7 @@ def attend_eagerly(
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The family's own eager attention, which also returns the weights: with its dense mask."""
+    attention_mask = taken(attention_mask)
     if isinstance(attention_mask, Mask):
         attention_mask = attention_mask.dense_on(query.device)
     out: tuple[torch.Tensor, torch.Tensor] = eager(module)(module, query, key, value, attention_mask, **options)
