@@ -104,6 +104,8 @@ class DataConfig(PluginConfig):
     """Part of the rows held out when there is no `eval_path`: a fraction below 1, or a number of rows."""
     streaming: bool = False
     """Read rows as they are needed instead of all at once; needs `trainer.max_steps`."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of yours by the names that the format reads: `data.columns.prompt=question`."""
     format: str | None = None
     """With `data=auto`: the format to use instead of detecting one."""
     template: str | None = None
@@ -130,6 +132,11 @@ class TrainerConfig(PluginConfig):
     """Fill each row of a batch with several documents."""
     optimizer: Optimizer = Optimizer.adamw_torch
     """Optimizer name. `adamw_8bit` on a GPU with triton is ftcore's own kernel in bitsandbytes' format; else theirs."""
+    embedding_learning_rate: float | None = None
+    """Peak learning rate of the embedding and the head, where they are trained; null takes `learning_rate`."""
+    loraplus_ratio: float = 1.0
+    """LoRA+: the rate of LoRA's B matrices is so many times `learning_rate`, such as 16 (arXiv 2402.12354); 1 is plain
+    LoRA."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     warmup: float = 0.05
@@ -198,6 +205,18 @@ class SamplingConfig:
 
 
 @dataclass
+class ScoringConfig:
+    """How rewards are called."""
+
+    weights: list[float] = field(default_factory=list)
+    """A factor for each of `rewards`; empty takes 1. A reward plugin has `reward.NAME.weight`."""
+    time_limit: float = 30.0
+    """Seconds that one call of a reward may take; 0 for no limit."""
+    default: float | None = 0.0
+    """Value of a completion whose reward raised or took too long; null ends the run instead."""
+
+
+@dataclass
 class PreviewConfig:
     """What `ftcore preview` shows."""
 
@@ -241,6 +260,8 @@ class RunConfig:
     """Record the layers' launches as CUDA graphs where they take longer than the work (`auto`), or never (`off`)."""
     rewards: list[str] = field(default_factory=list)
     """Reward functions of your own: `rewards=[my_rewards.py:length]`."""
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    """How rewards are called."""
     plugins: list[str] = field(default_factory=list)
     """Hooks of your own, by file or module: `plugins=[my_hooks.py]`; they win over the selected plugins."""
     patching: PatchingConfig = field(default_factory=PatchingConfig)

@@ -104,14 +104,18 @@ def iter_rows(file: Path) -> Iterator[tuple[str, Row]]:
         yield from _parquet(file)
 
 
-def place_of(row: Row, path: str, media: Sequence[str] = ()) -> str | None:
-    """file:line of the first row in local files that is this one, whatever nulls `datasets` added; else None."""
+def place_of(row: Row, path: str, media: Sequence[str] = (), columns: Mapping[str, str] | None = None) -> str | None:
+    """file:line of the first row in local files that is this one, whatever nulls `datasets` added; else None.
+
+    :param columns: `data.columns`, by whose names the row is given.
+    """
+    from ftcore.columns import named
     from ftcore.media import resolved
 
     wanted = _without_nulls(row)
     for file in local_files(path) or ():
         for place, found in iter_rows(file):
-            if _without_nulls(resolved(found, media, file.parent)) == wanted:
+            if _without_nulls(resolved(named(found, columns or {}), media, file.parent)) == wanted:
                 return place
     return None
 

@@ -30,6 +30,7 @@ class Shape:
     STEPWISE = "stepwise"
     IMAGES = "images"
     AUDIO = "audio"
+    CODES = "codes"
     LABELS = "labels"
     PAIRS = "pairs"
     TOKENS = "tokens"
@@ -235,6 +236,13 @@ class ModelFamily:
     """How it reads images; None for a family that does not."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Values that the checkpoint's config is loaded with; a trainer adds its own, such as the names of classes."""
+    tokens: tuple[str, ...] = ()
+    """What a tiny model's vocabulary has besides bytes and the ends of turns, such as codes of speech."""
+    row_tokenizers: Mapping[str, str] = field(default_factory=dict)
+    """Data shapes that become tokens in the family's own way, to `package.module:function`: called with the plan and
+    the tokenizer, it returns what makes training rows of a row, as `ftcore.tokens.RowTokenizer` does."""
+    frozen: tuple[str, ...] = ()
+    """Paths of modules that are never trained, such as a codec."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,6 +264,8 @@ class DataFormat:
     over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """More general formats that the rows fit as well, and the columns that say that they are of this one: a row with
     `prompt` and `chosen` is no row of `prompts`."""
+    columns: tuple[str, ...] = ()
+    """All columns that it reads, for `data.columns`; empty where others are used as well, or for no check."""
     media: tuple[str, ...] = ()
     """Columns that name files; a relative path is one beside the file with the rows."""
     opens: str | None = None
@@ -271,6 +281,10 @@ class TrainerSpec:
     """Data shapes."""
     tokenized: bool = False
     """The trainer takes `input_ids` and `labels`; ftcore tokenizes and masks the rows before it sees them."""
+    splits: bool = False
+    """A text of more than `trainer.max_length` tokens becomes several rows; otherwise the rest is cut off."""
+    continues: bool = False
+    """Prompts are continued as they stand, without the chat template."""
     wants_rewards: bool = False
     reference_model: bool = False
     args: str | None = None

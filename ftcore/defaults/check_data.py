@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from ftcore import columns
 from ftcore.config import DataConfig
 from ftcore.errors import Exit, Problem, Refused
 from ftcore.manager import import_function
@@ -51,10 +52,11 @@ def check_evaluation(plan: Plan) -> Iterator[Problem]:
 
 
 def check_sources(plan: Plan) -> Iterator[Problem]:
-    """Weights fit the paths, and the chat template is there."""
+    """Weights fit the paths, columns are those of the format, and the chat template is there."""
     data = plan.run.data
     if data is None:
         return
+    yield from columns.problems(data.columns, data.path is not None, plan.format)
     count = len(sources(data.path)) if data.path is not None else 1
     if data.weights and len(data.weights) != count:
         message = f"has {len(data.weights)} numbers for {count} {'path' if count == 1 else 'paths'}"
@@ -87,15 +89,16 @@ def _source(key: str, path: str, data: DataConfig, form: DataFormat) -> Iterator
     check = import_function(form.check, "data")
     files = local_files(path, key)
     if files is None:
-        yield from _rows(islice(hub_rows(path, data.split, key, data.subset), FROM_HUB), check, path)
+        found = columns.renamed(hub_rows(path, data.split, key, data.subset), data.columns)
+        yield from _rows(islice(found, FROM_HUB), check, path, data.columns)
         return
     for name in ("split", "subset"):
         if (asked := getattr(data, name)) != getattr(DataConfig(), name):
             message = f"the local file {path} has no {name}s, so '{asked}' cannot apply"
             yield Problem(f"data.{name}", message, f"leave data.{name} out")
     for file in files:
-        rows = islice(iter_rows(file), STREAMED if data.streaming else None)
-        yield from _rows(rows, partial(_checked, check=check, form=form, folder=file.parent), str(file))
+        rows = islice(columns.renamed(iter_rows(file), data.columns), STREAMED if data.streaming else None)
+        yield from _rows(rows, partial(_checked, check=check, form=form, folder=file.parent), str(file), data.columns)
 
 
 def _checked(row: Row, check: Callable[[Row], str | None], form: DataFormat, folder: Path) -> str | None:
@@ -106,7 +109,9 @@ def _checked(row: Row, check: Callable[[Row], str | None], form: DataFormat, fol
     return next(filter(None, map(opens, files_of(row, form.media, folder))), None)
 
 
-def _rows(rows: Iterable[tuple[str, Row]], check: Callable[[Row], str | None], source: str) -> Iterator[Problem]:
+def _rows(
+    rows: Iterable[tuple[str, Row]], check: Callable[[Row], str | None], source: str, names: Mapping[str, str]
+) -> Iterator[Problem]:
     """One problem for each thing that is wrong, at the first row that has it."""
     empty = True
     bad: dict[str, list[str]] = {}
@@ -115,7 +120,8 @@ def _rows(rows: Iterable[tuple[str, Row]], check: Callable[[Row], str | None], s
         if reason := check(row):
             bad.setdefault(reason, []).append(place)
     for reason, places in bad.items():
-        yield row_problem(places[0], reason, f" (the same in {len(places) - 1} more rows)" if len(places) > 1 else "")
+        more = f" (the same in {len(places) - 1} more rows)" if len(places) > 1 else ""
+        yield row_problem(places[0], reason, columns.own_names(reason, names) + more)
     if empty:
         yield Problem(source, "holds no rows", "give a file with at least one row", Exit.DATA)
 

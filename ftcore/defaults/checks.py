@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ftcore import checkpoint, rope, vocabulary
+from ftcore import checkpoint, rewards, rope, vocabulary
 from ftcore.catalog import installed
 from ftcore.defaults.check_data import check_evaluation, check_rows, check_sources
 from ftcore.defaults.check_trainer import check_arguments, check_numbers
@@ -26,7 +26,7 @@ def ftcore_check_plan(plan: Plan) -> Sequence[Problem]:
     """Missing packages, impossible combinations, unknown trainer arguments, missing files, bad rows."""
     assert plan.run.model is not None
     found = [
-        *_requirements(plan),
+        *requirements(plan),
         *_selection(plan),
         *_combinations(plan),
         *_limits(plan),
@@ -35,7 +35,7 @@ def ftcore_check_plan(plan: Plan) -> Sequence[Problem]:
         *check_evaluation(plan),
         *check_sources(plan),
         *_folders(plan),
-        *_rewards(plan),
+        *reward_functions(plan),
         *checkpoint.problems(plan.run.model, plan.family),
         *_quantized(plan),
         *_context(plan),
@@ -44,7 +44,8 @@ def ftcore_check_plan(plan: Plan) -> Sequence[Problem]:
     return found or [*check_rows(plan)]
 
 
-def _requirements(plan: Plan) -> Iterator[Problem]:
+def requirements(plan: Plan) -> Iterator[Problem]:
+    """Packages that the selected plugins need are there."""
     from importlib_metadata import PackageNotFoundError, version
     from packaging.requirements import Requirement
 
@@ -182,8 +183,16 @@ def _same_run(plan: Plan) -> Iterator[Problem]:
         yield Problem("trainer.max_steps", message, "give a larger number")
 
 
-def _rewards(plan: Plan) -> Iterator[Problem]:
-    for text in plan.run.rewards if plan.trainer and plan.trainer.wants_rewards else ():
+def reward_functions(plan: Plan) -> Iterator[Problem]:
+    """The user's rewards are there, and can be called on these rows."""
+    if not (plan.trainer and plan.trainer.wants_rewards):
+        return
+    found = [*_missing_functions(plan)]
+    yield from found or rewards.check(plan)
+
+
+def _missing_functions(plan: Plan) -> Iterator[Problem]:
+    for text in plan.run.rewards:
         try:
             import_function(text, "rewards")
         except Refused as refused:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftcore import media
+from ftcore.columns import Columns, named_dataset, renamed
 from ftcore.config import DataConfig
 from ftcore.errors import Exit, Problem, Refused
 from ftcore.hooks import hookimpl
@@ -72,18 +73,20 @@ def _mixed(data: DataConfig, form: DataFormat, seed: int) -> Dataset | IterableD
 def _read(path: str, data: DataConfig, form: DataFormat) -> Dataset | IterableDataset:
     files = local_files(path)
     if files is None:
-        return _from_hub(path, data)
+        return named_dataset(_from_hub(path, data), data.columns)
     if all(file.suffix == ".parquet" for file in files):  # typed, and often large
         from datasets import load_dataset
 
         names = [glob.escape(str(file)) for file in files]
-        return load_dataset("parquet", data_files=names, split="train", streaming=data.streaming)
+        rows = load_dataset("parquet", data_files=names, split="train", streaming=data.streaming)
+        return named_dataset(rows, data.columns)
     # The reader that checked the rows reads them again: another one would guess other types of `01001` and `None`.
     from datasets import IterableDataset
 
     if data.streaming:
-        return IterableDataset.from_generator(_rows, gen_kwargs={"files": files, "columns": form.media})
-    return _in_memory(list(_rows(files, form.media)), path)
+        given = {"files": files, "media_columns": form.media, "columns": data.columns}
+        return IterableDataset.from_generator(_rows, gen_kwargs=given)
+    return _in_memory(list(_rows(files, form.media, data.columns)), path)
 
 
 def _in_memory(rows: list[Row], path: str) -> Dataset:
@@ -116,8 +119,10 @@ def _as_text(value: Any) -> Any:
     return value if value is None else json.dumps(value)
 
 
-def _rows(files: list[Path], columns: tuple[str, ...]) -> Iterator[Row]:
-    return (media.resolved(row, columns, file.parent) for file in files for _, row in iter_rows(file))
+def _rows(files: list[Path], media_columns: tuple[str, ...], columns: Columns) -> Iterator[Row]:
+    for file in files:
+        for _, row in renamed(iter_rows(file), columns):
+            yield media.resolved(row, media_columns, file.parent)
 
 
 def _from_hub(path: str, data: DataConfig) -> Dataset | IterableDataset:
@@ -146,7 +151,8 @@ def ftcore_format_dataset(plan: Plan, dataset: DatasetDict, tokenizer: PreTraine
     # Never from the cache: `datasets` keys it by code and input, not by all that ours depends on.
     options: dict[str, Any] = {"batched": True, "batch_size": 100}
     options |= {} if streaming else {"load_from_cache_file": False}
-    place = partial(_place, paths=_paths(plan), columns=plan.format.media)
+    own_names = plan.run.data.columns if plan.run.data else {}
+    place = partial(_place, paths=_paths(plan), media_columns=plan.format.media, columns=own_names)
     formatted = {}
     for name, rows in dataset.items():
         rows, exact = _exactly(rows)
@@ -159,15 +165,18 @@ def ftcore_format_dataset(plan: Plan, dataset: DatasetDict, tokenizer: PreTraine
             **mixed,
         )
         formatted[name] = (
-            _without_untrained(name, made, 0 if streaming else len(rows), length, options) if tokenize else made
+            _without_untrained(name, made, 0 if streaming else len(rows), plan, options) if tokenize else made
         )
     return DatasetDict(formatted)
 
 
 def _tokenize(plan: Plan, tokenizer: PreTrainedTokenizerBase, length: int) -> Tokenize:
-    assert plan.format is not None
+    assert plan.format is not None and plan.trainer is not None
+    if own := plan.family.row_tokenizers.get(plan.format.shape):
+        make: Callable[[Plan, PreTrainedTokenizerBase], Tokenize] = import_function(own, "model")
+        return make(plan, tokenizer)
     if plan.format.shape != Shape.IMAGES:
-        return RowTokenizer(tokenizer, plan.format.shape, length)
+        return RowTokenizer(tokenizer, plan.format.shape, length, plan.trainer.splits)
     from ftcore.vision import ImageRowTokenizer
 
     return ImageRowTokenizer(tokenizer, plan.family.vision, length)
@@ -222,9 +231,9 @@ def _paths(plan: Plan) -> list[str]:
     return [*sources(data.path or form.sample), *filter(None, [data.eval_path, form.sample_eval])]
 
 
-def _place(row: Row, paths: list[str], columns: tuple[str, ...]) -> str | None:
+def _place(row: Row, paths: list[str], media_columns: tuple[str, ...], columns: Columns) -> str | None:
     """File and line of the row, looked for only once it is at fault."""
-    return next(filter(None, (place_of(row, path, columns) for path in paths)), None)
+    return next(filter(None, (place_of(row, path, media_columns, columns) for path in paths)), None)
 
 
 def _placed(refused: Refused, place: str | None) -> Refused:
@@ -237,9 +246,12 @@ def _trains(row: dict[str, Any]) -> bool:
     return any(label != IGNORED for label in row["labels"][1:])
 
 
-def _without_untrained(name: str, rows: Any, given: int, length: int, options: dict[str, Any]) -> Any:
+def _without_untrained(name: str, rows: Any, given: int, plan: Plan, options: dict[str, Any]) -> Any:
     """Rows without a single trained token, such as a prompt longer than max_length, are dropped out loud."""
     from ftcore.report import note
+
+    assert plan.trainer is not None and plan.run.trainer is not None
+    length = plan.run.trainer.max_length
 
     fresh = {key: value for key, value in options.items() if key == "load_from_cache_file"}
     kept = rows.filter(_trains, **fresh)
@@ -251,7 +263,10 @@ def _without_untrained(name: str, rows: Any, given: int, length: int, options: d
         message = f"no row of the {name} split has a trained token within {length} tokens"
         raise Refused(Problem("data", message, "raise trainer.max_length, or see `ftcore preview`", Exit.DATA))
     if before > given:
-        note(f"{given} {name} conversations became {before} rows: the chat template rewrites earlier turns")
+        if plan.trainer.splits:
+            note(f"{given} {name} texts became {before} rows of up to trainer.max_length={length} tokens")
+        else:
+            note(f"{given} {name} conversations became {before} rows: the chat template rewrites earlier turns")
     if after < before:
         note(f"{before - after} of {before} {name} rows dropped: no trained token within trainer.max_length={length}")
     return kept

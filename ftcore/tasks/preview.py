@@ -38,6 +38,8 @@ def main(argv: list[str]) -> int:
     if split not in dataset:
         raise Refused(Problem("preview.eval", "there are no held-out rows", "set data.eval_path or data.eval_size"))
     rows = dataset[split]
+    if plan.run.data and plan.run.data.columns:
+        note("columns: " + ", ".join(f"{name} is your {own}" for name, own in plan.run.data.columns.items()))
     for number, row in zip(range(1, plan.run.preview.rows + 1), rows, strict=False):
         show_row(number, row, tokenizer)
     assert plan.trainer is not None and plan.run.data is not None
@@ -55,6 +57,7 @@ def _without_trainer(plan: Plan) -> Plan:
         raise Refused(Problem("data", "no format is selected", "use data=auto"))
     shape = plan.format.shape
     tokenized = shape in TOKENIZED or (shape == Shape.IMAGES and plan.family.vision is not None)
+    tokenized = tokenized or shape in plan.family.row_tokenizers
     spec = TrainerSpec(accepts=frozenset({shape}), tokenized=tokenized)
     plan = replace(plan, run=replace(plan.run, trainer=TrainerConfig()), trainer=spec)
     refuse([*check_rows(plan)])

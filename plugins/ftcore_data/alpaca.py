@@ -30,6 +30,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.alpaca:convert",
         check="ftcore_data.alpaca:check",
         sample=sample("alpaca.jsonl"),
+        columns=("instruction", *INPUTS, *OUTPUTS, "system", "history"),
     )
 
 

@@ -1,4 +1,7 @@
-"""Recordings and what is said in them: `audio` as path, bytes or samples, and `text`, `transcription` or `sentence`."""
+"""Recordings and what is said: `audio` (path, bytes or samples) and `text`, `transcription` or `sentence`.
+
+A `speaker`, where one is named, tells a model that speaks whose voice it is.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from ftcore import DataConfig, DataFormat, Shape, hookimpl
 from ftcore_data._rows import Row, first, kind, missing, missing_all, not_text, sample
 
 WORDS = ("text", "transcription", "transcript", "sentence")
+SPEAKERS = ("speaker", "speaker_id", "source", "voice")
+VOICES = sample("voices.jsonl")
+"""Shipped rows at 24,000 samples a second, for models that speak; those of the format are at 16,000."""
 
 
 @dataclass
@@ -26,6 +32,7 @@ def ftcore_data_format() -> DataFormat:
         check="ftcore_data.audio:check",
         sample=sample("audio.jsonl"),
         over={"text": ("audio",)},
+        columns=("audio", *WORDS, *SPEAKERS),
         media=("audio",),
     )
 
@@ -43,10 +50,18 @@ def check(row: Row) -> str | None:
 
 
 def convert(row: Row) -> dict[str, Any]:
-    """The recording as it is, and the words as `text`."""
+    """The recording as it is, the words as `text`, and the speaker, where one is named."""
     column = first(row, WORDS)
     assert column is not None
-    return {"audio": row["audio"], "text": row[column]}
+    return {"audio": row["audio"], "text": row[column]} | spoken(row)
+
+
+def spoken(row: Row) -> dict[str, str]:
+    """The speaker as text, if the row names one."""
+    column = first(row, SPEAKERS)
+    value = None if column is None else row[column]
+    is_name = isinstance(value, (str, int)) and not isinstance(value, bool)
+    return {"speaker": str(value)} if is_name and value != "" else {}
 
 
 def _is_audio(value: Any) -> bool:

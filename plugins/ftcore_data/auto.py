@@ -7,6 +7,7 @@ from itertools import islice
 
 from ftcore import DataConfig, DataFormat, Problem, Refused, hookimpl
 from ftcore.catalog import installed, nearest
+from ftcore.columns import own_names, renamed
 from ftcore.errors import Exit
 from ftcore.manager import import_function
 from ftcore.rows import hub_rows, iter_rows, local_files, row_problem, sources
@@ -27,6 +28,7 @@ FORMATS = (
     "stepwise",
     "images",
     "audio",
+    "codes",
     "labels",
     "pairs",
     "tokens",
@@ -77,7 +79,7 @@ def _detect(path: str, config: Config, forms: list[DataFormat]) -> DataFormat:
         names = [form.name for form in fitting]
         message = f"the rows of {path} could be {' or '.join(names)}"
         raise Refused(Problem("data", message, f"say {' or '.join(f'data={name}' for name in names)}", Exit.DATA))
-    raise Refused(_closest(rows, [misfit for misfit in misfits if misfit[0].name not in over]))
+    raise Refused(_closest(rows, [misfit for misfit in misfits if misfit[0].name not in over], config))
 
 
 def _first_misfit(form: DataFormat, rows: list[Placed]) -> tuple[int, str] | None:
@@ -114,16 +116,18 @@ def _first_rows(path: str, config: Config) -> list[Placed]:
         rows = hub_rows(path, config.split, subset=config.subset)
     else:
         rows = (row for file in files for row in iter_rows(file))
-    return list(islice(rows, LOOKED_AT))
+    return list(islice(renamed(rows, config.columns), LOOKED_AT))
 
 
-def _closest(rows: list[Placed], misfits: list[tuple[DataFormat, int, str]]) -> Problem:
+def _closest(rows: list[Placed], misfits: list[tuple[DataFormat, int, str]], config: Config) -> Problem:
     """A row that breaks the format of the rows before it, or that its columns point to, is a bad row of that format."""
     form, number, reason = max(misfits, key=lambda misfit: (misfit[1], not misfit[2].startswith(OTHER_FORMAT)))
     if number or not reason.startswith(OTHER_FORMAT):
-        return row_problem(rows[number][0], reason, f" (read as {form.name})")
+        return row_problem(rows[number][0], reason, f"{own_names(reason, config.columns)} (read as {form.name})")
     place, row = rows[0]
     message = f"no known format has the columns {', '.join(row)}"
-    return Problem(
-        place, message, "rename them, or name the format with data=NAME; `ftcore plugins data` lists them", Exit.DATA
-    )
+    known = {name for form, _, _ in misfits for name in form.columns}
+    slips = ((target, nearest(target, known)) for target in config.columns if target not in known)
+    meant = next((f"did you mean data.columns.{near} for data.columns.{target}?" for target, near in slips if near), "")
+    fix = "say what they are: data.columns.NAME=YOURS; `ftcore plugins data` lists the formats that data=NAME selects"
+    return Problem(place, message, meant or fix, Exit.DATA)

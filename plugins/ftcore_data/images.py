@@ -35,6 +35,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.images:convert",
         check="ftcore_data.images:check",
         sample=sample("images.jsonl"),
+        columns=(*IMAGES, *TALKS),
         media=IMAGES,
         opens="ftcore_data.images:opens",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
@@ -26,6 +27,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.labels:convert",
         check="ftcore_data.labels:check",
         sample=sample("labels.jsonl"),
+        columns=(*TEXTS, *chain(*PAIRS), "label"),
         over={"text": ("label",)},
     )
 

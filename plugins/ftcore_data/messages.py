@@ -26,6 +26,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.messages:convert",
         check="ftcore_data.messages:check",
         sample=sample("messages.jsonl"),
+        columns=(*COLUMNS, "tools"),
         sample_eval=sample("messages.eval.jsonl"),
         sample_prompts=("Why does a rainbow have colours?",),
     )

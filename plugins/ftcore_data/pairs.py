@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
@@ -28,6 +29,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.pairs:convert",
         check="ftcore_data.pairs:check",
         sample=sample("pairs.jsonl"),
+        columns=tuple(dict.fromkeys((*chain(*ALIKE, *SCORED), "negative", *SCORES))),
     )
 
 

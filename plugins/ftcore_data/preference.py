@@ -29,6 +29,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.preference:convert",
         check="ftcore_data.preference:check",
         sample=sample("preference.jsonl"),
+        columns=(*PROMPTS, *BOTH, "system", "tools", *alpaca.INPUTS, "history"),
         over={"prompts": BOTH, "prompt_completion": BOTH, "alpaca": BOTH, "sharegpt": BOTH, "messages": BOTH},
     )
 

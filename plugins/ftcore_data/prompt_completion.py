@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
@@ -26,6 +27,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.prompt_completion:convert",
         check="ftcore_data.prompt_completion:check",
         sample=sample("prompt_completion.jsonl"),
+        columns=tuple(dict.fromkeys((*chain(*PAIRS), "tools"))),
         over={"prompts": ("completion",)},
     )
 

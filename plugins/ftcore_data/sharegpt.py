@@ -40,6 +40,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.sharegpt:convert",
         check="ftcore_data.sharegpt:check",
         sample=sample("sharegpt.jsonl"),
+        columns=(*COLUMNS, "system", "tools"),
     )
 
 

@@ -23,6 +23,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.stepwise:convert",
         check="ftcore_data.stepwise:check",
         sample=sample("stepwise.jsonl"),
+        columns=("prompt", "completions", "labels"),
         over={"prompts": ("completions", "labels")},
     )
 

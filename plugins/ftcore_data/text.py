@@ -23,6 +23,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.text:convert",
         check="ftcore_data.text:check",
         sample=sample("text.jsonl"),
+        columns=("text",),
     )
 
 

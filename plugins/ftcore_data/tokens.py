@@ -25,6 +25,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.tokens:convert",
         check="ftcore_data.tokens:check",
         sample=sample("tokens.jsonl"),
+        columns=("input_ids", "labels"),
         over={"text": ("input_ids",), "messages": ("input_ids",)},
     )
 

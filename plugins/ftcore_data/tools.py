@@ -23,6 +23,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.messages:convert",
         check="ftcore_data.tools:check",
         sample=sample("tools.jsonl"),
+        columns=(*messages.COLUMNS, "tools"),
         over={"messages": ("tools",)},
     )
 

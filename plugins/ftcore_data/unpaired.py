@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
@@ -25,6 +26,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.unpaired:convert",
         check="ftcore_data.unpaired:check",
         sample=sample("unpaired.jsonl"),
+        columns=tuple(dict.fromkeys(("messages", *chain(*prompt_completion.PAIRS), "label", "tools"))),
         over={"prompts": ("label",), "prompt_completion": ("label",), "messages": ("label",)},
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ftcore import Plan, Refused
+from ftcore.columns import renamed
 from ftcore.manager import import_function
 from ftcore.media import resolved
 from ftcore.rows import iter_rows, local_files, sources
@@ -28,13 +29,13 @@ def all_local(plan: Plan) -> bool:
 
 def converted(plan: Plan) -> Iterator[Placed]:
     """Place and columns of every good row of the local files; core's checks name the bad ones."""
-    form = plan.format
-    assert form is not None
+    form, data = plan.format, plan.run.data
+    assert form is not None and data is not None
     check, convert = import_function(form.check, "data"), import_function(form.convert, "data")
     for path in paths(plan):
         for file in _files(path) or ():
             try:
-                for place, row in iter_rows(file):
+                for place, row in renamed(iter_rows(file), data.columns):
                     if check(row) is None:
                         yield place, convert(resolved(row, form.media, file.parent))
             except Refused:
