@@ -15,9 +15,18 @@ if TYPE_CHECKING:
 
 
 def answers_to(
-    prompts: Sequence[str], model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig
+    prompts: Sequence[str],
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: SamplingConfig,
+    continues: bool = False,
 ) -> list[str]:
-    """One answer per prompt, each in a conversation of its own."""
+    """One answer per prompt, each in a conversation of its own.
+
+    :param continues: prompts are texts to go on with, whatever the chat template.
+    """
+    if continues:
+        return [_continuation(prompt, model, tokenizer, sampling) for prompt in prompts]
     system = [{"role": "system", "content": sampling.system}] if sampling.system else []
     return [answer([*system, {"role": "user", "content": prompt}], model, tokenizer, sampling) for prompt in prompts]
 
@@ -26,11 +35,21 @@ def answer(
     messages: Sequence[dict[str, str]], model: Any, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig
 ) -> str:
     """The assistant's next message. A tokenizer without a chat template continues the last message's text."""
+    if not tokenizer.chat_template:
+        return _continuation(messages[-1]["content"], model, tokenizer, sampling)
+    text = render(tokenizer, messages, generate=True)
+    return _written(tokenizer(text, add_special_tokens=False, return_tensors="pt"), model, tokenizer, sampling)
+
+
+def _continuation(text: str, model: Any, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig) -> str:
+    return _written(tokenizer(text, return_tensors="pt"), model, tokenizer, sampling)
+
+
+def _written(given: Any, model: Any, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig) -> str:
     import torch
     from transformers import GenerationConfig
 
-    text = render(tokenizer, messages, generate=True) if tokenizer.chat_template else messages[-1]["content"]
-    inputs = tokenizer(text, add_special_tokens=not tokenizer.chat_template, return_tensors="pt").to(model.device)
+    inputs = given.to(model.device)
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,

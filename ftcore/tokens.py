@@ -31,25 +31,31 @@ class RowTokenizer:
 
     :param shape: one of `TOKENIZED`; LookupError otherwise.
     :param max_length: rows are cut to so many tokens.
+    :param splits: what is cut off a text or a row of token ids becomes further rows.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, shape: str, max_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, shape: str, max_length: int, splits: bool = False) -> None:
         if shape not in TOKENIZED:
             raise LookupError(
                 f"rows of shape '{shape}' cannot be tokenized here; trainers that take it tokenize it themselves"
             )
         self.tokenizer, self.shape, self.max_length = tokenizer, shape, max_length
+        self._splits = splits and shape in (Shape.TEXT, Shape.TOKENS)
         self._chat: Encoder | None = None
 
     def __call__(self, row: Mapping[str, Any]) -> list[Tokens]:
-        """The training rows of one row: one, unless the chat template rewrites earlier turns of a conversation.
+        """The training rows of one row: one, unless it is split, or its chat template rewrites earlier turns.
 
         :param row: columns of the shape.
         :returns: `input_ids` and `labels` of each, of the same length.
         :raises Refused: when it is not certain which tokens are trained, or the ids are not the tokenizer's.
         """
-        made = self._made(row)
-        return [{"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]} for ids, labels in made]
+        made, length = self._made(row), self.max_length
+        return [
+            {"input_ids": ids[start : start + length], "labels": labels[start : start + length]}
+            for ids, labels in made
+            for start in (range(0, len(ids), length) if self._splits else (0,))
+        ]
 
     def _made(self, row: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
         if self.shape == Shape.MESSAGES:

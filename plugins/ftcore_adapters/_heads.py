@@ -14,6 +14,7 @@ TASKS: dict[str, str | None] = {
     "AutoModelForSequenceClassification": "SEQ_CLS",
     "AutoModelForMaskedLM": None,
     "AutoModelForSpeechSeq2Seq": None,
+    "AutoModelForTextToWaveform": None,
 }
 """PEFT's names of the tasks that are no text generation, by auto class; None takes the inputs as they are."""
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ftcore import AdapterConfig, Plan, Problem, hookimpl
 from ftcore.checkpoint import read_config
+from ftcore.parameter_groups import PLAIN, no_lora
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,8 +21,10 @@ class Config(AdapterConfig):
 
 @hookimpl
 def ftcore_check_plan(plan: Plan) -> list[Problem]:
-    """Quantized weights have no gradients."""
+    """Quantized weights have no gradients, and there are no matrices of LoRA's."""
     assert plan.run.model is not None
+    if plan.run.trainer and plan.run.trainer.loraplus_ratio != PLAIN:
+        return [no_lora()]
     if plan.run.quantizer:
         return [
             Problem(
@@ -37,8 +40,10 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
 
 @hookimpl
 def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
-    """All parameters require gradients; float16 weights become float32, which loss scaling needs."""
+    """All parameters but the family's frozen ones require gradients; float16 becomes float32 for loss scaling."""
     if plan.dtype == "float16":
         model.float()
     model.requires_grad_(True)
+    for path in plan.family.frozen:
+        model.get_submodule(path).requires_grad_(False)
     return model

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ftcore import AdapterConfig, Plan, Problem, hookimpl
 from ftcore.catalog import nearest
 from ftcore.errors import Exit
+from ftcore.parameter_groups import embeddings_frozen
 from ftcore.parts import PARTS, parts_pattern
 from ftcore.vocabulary import trained_rows
 from ftcore_adapters._heads import TASKS, inside, new_modules
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-WHOLE = ("lm_head", "embed_tokens", "score", "classifier")
+EMBEDDINGS = ("lm_head", "embed_tokens")
+WHOLE = (*EMBEDDINGS, "score", "classifier")
 """Modules besides the family's linear layers that are trained whole."""
 
 
@@ -95,6 +97,7 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
         near = nearest(strange[0], modules)
         fix = f"did you mean '{near}'?" if near else f"known: {', '.join(modules)}"
         found.append(Problem("adapter.modules_to_save", f"the family has no module '{strange[0]}'", fix))
+    found += _frozen_embeddings(plan)
     if config.init in (Init.pissa, Init.olora) and plan.run.quantizer:
         found.append(
             Problem(
@@ -104,6 +107,18 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
             )
         )
     return found
+
+
+def _frozen_embeddings(plan: Plan) -> Iterator[Problem]:
+    """A rate for the embedding and the head, neither of which is trained."""
+    config, trainer = plan.config(Config), plan.run.trainer
+    if trainer is None or trainer.embedding_learning_rate is None:
+        return
+    assert plan.run.model is not None
+    whole = {name.rpartition(".")[2] for name in config.modules_to_save}
+    # What a saved adapter trains is known once it is loaded.
+    if not (config.path or plan.run.model.new_tokens or whole & set(EMBEDDINGS)):
+        yield embeddings_frozen()
 
 
 def _modules(plan: Plan, parameters: list[str]) -> list[str] | str:
@@ -196,7 +211,7 @@ def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
             use_rslora=config.variant is Variant.rslora,
             use_dora=config.variant is Variant.dora,
             init_lora_weights=init,
-            exclude_modules=inside(new),
+            exclude_modules=inside([*new, *plan.family.frozen]),
             modules_to_save=whole or None,
             trainable_token_indices=rows or None,
         ),

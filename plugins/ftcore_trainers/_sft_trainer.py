@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from ftcore import Plan
 from ftcore.memory import layers_that_choose
+from ftcore_trainers._arguments import early_stopping, quiet, shared
 from ftcore_trainers._buckets import Buckets, contexts
 from ftcore_trainers._collator import COUNTS, WithoutMask, causal
+from ftcore_trainers._dtypes import kept_dtypes
 from ftcore_trainers._fused_head import take_over
 from ftcore_trainers._lean_loop import LeanLoop
 from ftcore_trainers._token_sums import TokenSums
@@ -79,6 +83,45 @@ class FusedSFTTrainer(LeanLoop, SFTTrainer):
 
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+
+def make(
+    plan: Plan,
+    model: Any,
+    tokenizer: Any,
+    dataset: Any,
+    collator: Any,
+    callbacks: Any,
+    optimizer: Any,
+    options: Mapping[str, Any],
+) -> FusedSFTTrainer:
+    """The trainer of a plan whose rows are tokenized already.
+
+    :param options: Further arguments of TRL's SFTConfig.
+    """
+    trainer = plan.run.trainer
+    assert trainer is not None
+    arguments = {
+        "max_length": trainer.max_length,
+        "packing": trainer.packing,
+        "eval_packing": False,
+        **shared(plan, "eval" in dataset),
+        **options,
+    }
+    with kept_dtypes(model):
+        made: FusedSFTTrainer = quiet(
+            FusedSFTTrainer(
+                model=model,
+                args=SFTConfig(**arguments),
+                train_dataset=dataset["train"],
+                eval_dataset=dataset.get("eval"),
+                processing_class=tokenizer,
+                data_collator=collator,
+                callbacks=[*callbacks, *early_stopping(plan)],
+                optimizers=(optimizer, None),
+            )
+        )
+    return made
 
 
 def tokens_in(inputs: dict[str, Any]) -> torch.Tensor | int:

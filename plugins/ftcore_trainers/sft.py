@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftcore import Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
-from ftcore_trainers._arguments import OWNED
+from ftcore_trainers._arguments import OWNED_BY_SFT
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+SPEECH = frozenset({Shape.AUDIO, Shape.CODES})
+"""Shapes for families that speak in tokens."""
 
 
 @dataclass
@@ -26,19 +29,23 @@ class Config(TrainerConfig):
 def ftcore_trainer_spec() -> TrainerSpec:
     """Takes token ids and labels, which ftcore makes."""
     return TrainerSpec(
-        accepts=frozenset({Shape.MESSAGES, Shape.TEXT, Shape.PROMPT_COMPLETION, Shape.TOKENS, Shape.IMAGES}),
+        accepts=frozenset({Shape.MESSAGES, Shape.TEXT, Shape.PROMPT_COMPLETION, Shape.TOKENS, Shape.IMAGES}) | SPEECH,
         tokenized=True,
         args="trl.trainer.sft_config:SFTConfig",
-        owned=OWNED | {"assistant_only_loss", "completion_only_loss", "dataset_kwargs"},
+        owned=OWNED_BY_SFT,
     )
 
 
 @hookimpl
 def ftcore_check_plan(plan: Plan) -> list[Problem]:
-    """Rows with images need a model that reads them, and are not packed."""
+    """Rows with images need a model that reads them, and are not packed; rows of speech need one that speaks."""
+    assert plan.run.model is not None and plan.run.trainer is not None
+    other = any(limit.key == "trainer" and limit.applies(plan) for limit in plan.family.limits)
+    if plan.format and plan.format.shape in SPEECH - set(plan.family.row_tokenizers) and not other:
+        message = f"the rows are speech, for which {plan.run.model.name} has no tokens"
+        return [Problem("data", message, "use a model that has, such as +model=orpheus")]
     if not _has_images(plan):
         return []
-    assert plan.run.model is not None and plan.run.trainer is not None
     if plan.family.vision is None:
         message = f"the rows have images, which {plan.run.model.name} does not read"
         return [Problem("data", message, "use a model that reads them; `ftcore plugins model` lists them")]
@@ -69,32 +76,8 @@ def ftcore_make_trainer(
     plan: Plan, model: Any, tokenizer: Any, dataset: Any, collator: Any, callbacks: Any, optimizer: Any
 ) -> Trainer:
     """TRL's SFTTrainer on rows that are tokenized already, so that what `ftcore preview` shows is what is trained."""
-    from trl import SFTConfig
+    from ftcore_trainers._sft_trainer import make
 
-    from ftcore_trainers._arguments import early_stopping, quiet, shared
-    from ftcore_trainers._dtypes import kept_dtypes
-    from ftcore_trainers._sft_trainer import FusedSFTTrainer
-
-    trainer = plan.config(Config)
-    arguments = {
-        "max_length": trainer.max_length,
-        "packing": trainer.packing,
-        "eval_packing": False,
-        **shared(plan, "eval" in dataset),
-    }
-    if _has_images(plan):
-        # TRL would take the pictures out of rows that have their tokens already.
-        arguments |= {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    with kept_dtypes(model):
-        return quiet(
-            FusedSFTTrainer(
-                model=model,
-                args=SFTConfig(**arguments),
-                train_dataset=dataset["train"],
-                eval_dataset=dataset.get("eval"),
-                processing_class=tokenizer,
-                data_collator=collator,
-                callbacks=[*callbacks, *early_stopping(plan)],
-                optimizers=(optimizer, None),
-            )
-        )
+    # TRL would take the pictures out of rows that have their tokens already.
+    kept = {"remove_unused_columns": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    return make(plan, model, tokenizer, dataset, collator, callbacks, optimizer, kept if _has_images(plan) else {})

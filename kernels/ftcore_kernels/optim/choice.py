@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from ftcore import Plan
 from ftcore.config import Optimizer
+from ftcore.parameter_groups import parameter_groups
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 def optimizer(plan: Plan, model: torch.nn.Module) -> torch.optim.Optimizer | None:
     """`AdamW8bit` for `trainer.optimizer=adamw_8bit` on a GPU with Triton; None leaves it to the trainer.
 
-    It has the groups that transformers makes: no weight decay for norms and biases.
+    It has the groups of `ftcore.parameter_groups`: no weight decay for norms and biases, and rates of their own.
     """
     trainer = plan.run.trainer
     if trainer is None or trainer.optimizer is not Optimizer.adamw_8bit:
@@ -24,16 +25,12 @@ def optimizer(plan: Plan, model: torch.nn.Module) -> torch.optim.Optimizer | Non
         return None
     if any(trainer.args.get(name) for name in ("optim_args", "optim_target_modules")):
         return None  # what only bitsandbytes knows
-    from transformers import Trainer
-
     from ftcore_kernels.optim.adamw_8bit import AdamW8bit
 
-    # The method reads nothing of the trainer, which does not exist yet.
-    decayed = frozenset(Trainer.get_decay_parameter_names(cast(Any, None), model))
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if name in decayed], "weight_decay": trainer.weight_decay},
-        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
-    ]
     betas = (float(trainer.args.get("adam_beta1", 0.9)), float(trainer.args.get("adam_beta2", 0.999)))
-    return AdamW8bit(groups, lr=trainer.learning_rate, betas=betas, eps=float(trainer.args.get("adam_epsilon", 1e-8)))
+    return AdamW8bit(
+        parameter_groups(trainer, model),
+        lr=trainer.learning_rate,
+        betas=betas,
+        eps=float(trainer.args.get("adam_epsilon", 1e-8)),
+    )
