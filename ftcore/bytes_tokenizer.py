@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,13 +18,17 @@ SPECIAL = ("<|pad|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 256 + len(SPECIAL)
 
 
-def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """Ids 0 to 255 are bytes; then padding, `<|im_start|>` and `<|im_end|>`, which is the end token."""
+def byte_tokenizer(chat_template: str | None = None, tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Ids 0 to 255 are bytes; then padding, `<|im_start|>` and `<|im_end|>`, which is the end token; then `tokens`.
+
+    :param tokens: words of the vocabulary that no text is read as: they are written by their ids.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    words = [*alphabet, *SPECIAL, *tokens] if tokens else alphabet
+    inner = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     inner.add_special_tokens(list(SPECIAL))

@@ -213,10 +213,11 @@ def _random_checkpoint(family: ModelFamily, shape: str) -> Path:
     config = _random_config(family, shape)
     made_of = [config.to_json_string(), transformers.__version__, family.auto_class, family.chat_template or ""]
     made_of += [repr(family.vision)] if family.vision else []
+    made_of += family.tokens
     key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
     target = cache_dir() / "random" / f"{family.model_types[0]}-{shape}-{key}"
     if not (target / "config.json").is_file():
-        tokenizer = byte_tokenizer(family.chat_template)
+        tokenizer = byte_tokenizer(family.chat_template, family.tokens)
         if family.vision:
             vision.attach_tiny(tokenizer, family.vision)
         config.pad_token_id, config.eos_token_id, config.bos_token_id = (

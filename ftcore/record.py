@@ -119,8 +119,10 @@ class RunFolder:
             "answers": [asdict(answer) for answer in result.answers],
         }
         self._write()
-        spec = self._plan.trainer
-        show_result(result, spec.measures if spec else (), talks=spec is None or spec.auto_class is None)
+        spec, form = self._plan.trainer, self._plan.format
+        speaks = form is not None and form.shape in self._plan.family.row_tokenizers
+        talks = (spec is None or spec.auto_class is None) and not speaks
+        show_result(result, spec.measures if spec else (), talks=talks)
 
     def _write(self) -> None:
         file = self._path / RUN_FILE

@@ -12,13 +12,16 @@ from ftcore.report import note, paragraph
 from ftcore.tasks._config import config_of
 from ftcore.tasks._trained import load_trained
 
+OF_SOUND = ("AutoModelForSpeechSeq2Seq", "AutoModelForTextToWaveform")
+"""Models that generate, but take or give recordings."""
+
 
 def main(argv: list[str]) -> int:
     """A conversation; an empty line starts a new one, end of input ends it. Without `run`: the base model."""
     config = config_of(argv)
     loaded = load_trained(replace(config, export={}))
     writes = getattr(loaded.model, "can_generate", None)
-    if writes is not None and not writes():
+    if (writes is not None and not writes()) or loaded.plan.family.auto_class in OF_SOUND:
         message = f"{loaded.plan.family.auto_class} writes no text"
         raise Refused(Problem("run", message, "use the trained folder with transformers' pipeline"))
     sampling = config.sampling

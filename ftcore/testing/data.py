@@ -26,6 +26,7 @@ COLUMNS = {
     Shape.STEPWISE: {"prompt", "completions", "labels"},
     Shape.IMAGES: {"images", "messages"},
     Shape.AUDIO: {"audio", "text"},
+    Shape.CODES: {"codes", "text"},
     Shape.LABELS: {"text", "label"},
     Shape.PAIRS: {"anchor", "positive"},
     Shape.TOKENS: {"input_ids", "labels"},

@@ -1,4 +1,4 @@
-"""How a speech model hears: its feature extractor."""
+"""How a speech model takes recordings: its feature extractor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ftcore import Plan, checkpoint
 
 if TYPE_CHECKING:
-    from transformers import WhisperFeatureExtractor
+    from transformers import EncodecFeatureExtractor, WhisperFeatureExtractor
 
 RATE = 16_000
 """Samples a second of Whisper's recordings."""
@@ -36,3 +36,17 @@ def whisper_features(plan: Plan) -> WhisperFeatureExtractor:
 def window(settings: dict[str, Any]) -> int:
     """Seconds that the encoder hears at once."""
     return int(settings.get("max_source_positions", SOURCE_POSITIONS)) * 2 * HOP // RATE
+
+
+def codec_features(plan: Plan) -> EncodecFeatureExtractor:
+    """That of a codec such as Mimi: the checkpoint's own, or one for a single channel at its codec's rate."""
+    from transformers import AutoConfig, EncodecFeatureExtractor
+
+    assert plan.run.model is not None
+    place, revision = checkpoint.locate(plan.run.model, plan.family), plan.run.model.revision
+    try:
+        own: EncodecFeatureExtractor = EncodecFeatureExtractor.from_pretrained(place, revision=revision)
+        return own
+    except OSError:  # no preprocessor_config.json
+        codec = AutoConfig.from_pretrained(place, revision=revision).codec_config
+        return EncodecFeatureExtractor(feature_size=1, sampling_rate=codec.sampling_rate)

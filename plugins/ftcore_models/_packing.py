@@ -12,5 +12,5 @@ def no_packing(reason: str, from_length: int = 0) -> Limit:
         trainer = plan.run.trainer
         return trainer is not None and trainer.packing and trainer.max_length >= from_length
 
-    fix = f"use trainer.packing=false, or trainer.max_length={from_length - 1}" if from_length else "leave it out"
+    fix = "use trainer.packing=false" + (f", or trainer.max_length={from_length - 1}" if from_length else "")
     return Limit(key="trainer.packing", reason=reason, fix=fix, applies=applies)

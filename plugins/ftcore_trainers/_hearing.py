@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftcore import Plan, Problem, Refused, checkpoint
+from ftcore.audio import read
 from ftcore.errors import Exit
 from ftcore_models._features import RATE, window
-from ftcore_trainers._audio import length, read
-from ftcore_trainers._local_rows import converted
+from ftcore_trainers._recordings import unfit, unfit_rows
 
 if TYPE_CHECKING:
     import torch
@@ -21,26 +21,11 @@ IGNORED = -100
 def problems(plan: Plan) -> Iterator[Problem]:
     """Every recording can be read, has the model's rate, and is no longer than what it hears at once."""
     assert plan.run.model is not None
-    seconds = window(checkpoint.settings(plan.run.model, plan.family))
-    for place, row in converted(plan):
-        try:
-            rate, lasts = length(row["audio"])
-        except Refused as refused:
-            yield from (replace(problem, key=place) for problem in refused.problems)
-            return
-        if problem := _unfit(place, rate, lasts, seconds):
-            yield problem
-            return
+    yield from unfit_rows(plan, RATE, _too_long(window(checkpoint.settings(plan.run.model, plan.family))))
 
 
-def _unfit(place: str, rate: int, lasts: float, seconds: int) -> Problem | None:
-    if rate != RATE:
-        message = f"the recording has {rate} samples a second, and the model hears {RATE}"
-        return Problem(place, message, f"convert them: ffmpeg -i IN -ar {RATE} -ac 1 OUT.wav", Exit.DATA)
-    if lasts > seconds:
-        message = f"the recording lasts {lasts:.1f} s, and the model hears {seconds} s at once"
-        return Problem(place, message, "cut it, and its words with it, into shorter ones", Exit.DATA)
-    return Problem(place, "the recording is empty", "take the row out", Exit.DATA) if lasts == 0 else None
+def _too_long(seconds: int) -> Callable[[float], str | None]:
+    return lambda lasts: f"and the model hears {seconds} s at once" if lasts > seconds else None
 
 
 @dataclass(frozen=True)
@@ -91,6 +76,6 @@ class Transcripts:
 
     def _samples(self, audio: Any) -> Any:
         samples, rate = read(audio)
-        if problem := _unfit("data", rate, len(samples) / rate, self.extract.chunk_length):
+        if problem := unfit("data", rate, len(samples) / rate, RATE, _too_long(self.extract.chunk_length)):
             raise Refused(problem)
         return samples

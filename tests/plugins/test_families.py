@@ -30,15 +30,20 @@ PARAMETERS = {
     ("gpt_oss", "gpt-oss-20b"): 20_914_757_184,
     ("lfm2", "lfm2-1.2b"): 1_170_340_608,
     ("lfm2", "lfm2-350m"): 354_483_968,
+    ("mistral", "mistral-1.1b-cut"): 1_140_887_552,
     ("mistral", "mistral-7b-v0.3"): 7_248_023_552,
     ("mixtral", "mixtral-8x7b"): 46_702_792_704,
     ("phi3", "phi3-mini-4k"): 3_821_079_552,
     ("phi3", "phi4-14b"): 14_659_507_200,
     ("qwen2", "qwen2.5-0.5b"): 494_032_768,
     ("qwen2", "qwen2.5-7b"): 7_615_616_512,
+    ("qwen3", "qwen3-0.6b"): 596_049_920,
+    ("qwen3", "qwen3-1.7b"): 1_720_574_976,
     ("qwen3_moe", "qwen3-30b-a3b"): 30_532_122_624,
+    ("qwen3_moe", "qwen3-moe-1.3b-cut"): 1_302_088_704,
+    ("qwen3_vl", "qwen3-vl-2b"): 2_127_532_032,
 }
-"""Of the published checkpoints."""
+"""Of the published checkpoints, and of what is left of them in a cut one."""
 ADAPTERS = {
     "lora": ("adapter=lora",),
     "wide": ("adapter=lora", "adapter.r=80"),  # ranks that no kernel adds, but a product
@@ -164,7 +169,7 @@ def test_shapes_are_of_the_published_size(family: str, shape: str) -> None:
     model = runs.prepared([f"+model={family}", "model.tiny=true"])[1].family
     config = transformers.AutoConfig.for_model(model.model_types[0], **model.shapes[shape])
     with torch.device("meta"):
-        built = transformers.AutoModelForCausalLM.from_config(config)
+        built = getattr(transformers, model.auto_class).from_config(config)
     assert sum(parameter.numel() for parameter in built.parameters()) == PARAMETERS[family, shape]
 
 

@@ -24,6 +24,7 @@ from ftcore.testing import maths, runs
 OWN = [option for option in installed().options("model") if option.dist == "ftcore"]
 PLAIN = ("model.dtype=float32", "kernels=[]")
 CLAIMED = {
+    "csm": {"rms_norm", "mlp", "attention"},
     "deepseek_v3": {"rms_norm", "mlp", "lm_head"},
     "gemma": {"rms_norm", "attention", "lm_head", "decoder_layer"},
     "gemma3n": {"lm_head"},
@@ -31,6 +32,7 @@ CLAIMED = {
     "lfm2": {"rms_norm", "lm_head"},
     "llama4": {"rms_norm", "mlp", "lm_head"},
     "mixtral": {"rms_norm", "lm_head"},
+    "orpheus": {"rms_norm", "mlp", "attention", "lm_head", "decoder_layer"},
     "qwen3_moe": {"rms_norm", "mlp", "attention", "lm_head"},
 }
 """Roles that at least have kernels."""

@@ -15,11 +15,11 @@ import torch
 import transformers
 
 from ftcore.api import run
+from ftcore.audio import length, read
 from ftcore.errors import Refused
 from ftcore.tasks._config import config_of
 from ftcore.tasks._trained import load_trained
 from ftcore.testing import runs
-from ftcore_trainers._audio import length, read
 from ftcore_trainers._hearing import IGNORED, Transcripts
 from ftcore_trainers._measures import edits, word_error_rate
 from ftcore_trainers._speech_trainer import speak, token_loss
@@ -194,7 +194,7 @@ def test_mistakes_are_told_before_weights_load(tmp_path: Path) -> None:
     for folder in (slow, long, gone, broken, texts):
         folder.mkdir()
     said = refused(f"data.path='{spoken(slow, tone(rate=8000), 8000)}'")
-    assert "slow/rows.jsonl:1: the recording has 8000 samples a second, and the model hears 16000" in said
+    assert "slow/rows.jsonl:1: the recording has 8000 samples a second, and the model takes 16000" in said
     said = refused(f"data.path='{spoken(long, tone(1.5))}'")
     assert "long/rows.jsonl:1: the recording lasts 1.5 s, and the model hears 1 s at once" in said
     spoken(gone)

@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ftcore import Problem, Refused
-from ftcore.errors import Exit
+from ftcore.errors import Exit, Problem, Refused
 
 Array = Any
 """A numpy array."""
-INSTALL = "pip install soundfile, or convert it: ffmpeg -i IN -ar 16000 -ac 1 OUT.wav"
+INSTALL = "pip install soundfile, or convert it: ffmpeg -i IN -ac 1 OUT.wav"
 
 
 def length(audio: Any) -> tuple[int, float]:
