@@ -6,10 +6,14 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ftcore.report import note
+from ftcore.rewards import Guarded
 
 SHOWN = ("loss", "reward", "eval_loss")
 """Metrics of the progress line."""
@@ -36,6 +40,26 @@ class JsonlMetrics(TrainerCallback):
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+class FailedRewards(TrainerCallback):
+    """Adds to each log how many completions so far took a reward's default, and says so at the end."""
+
+    def __init__(self, rewards: Sequence[Guarded]) -> None:
+        self._rewards = rewards
+
+    def on_log(
+        self, args: Any, state: Any, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Put the counts of the rewards that failed beside the other metrics."""
+        if logs is not None:
+            logs.update({f"rewards/{r.__name__}/failures": r.failed for r in self._rewards if r.failed})
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Name those that failed."""
+        for reward in self._rewards if state.is_world_process_zero else ():
+            if reward.failed:
+                note(f"reward {reward.__name__} failed on {reward.failed} of {reward.judged} completions")
 
 
 class Progress(TrainerCallback):

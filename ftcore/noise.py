@@ -21,7 +21,7 @@ def quiet() -> None:
         settings |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    for name in ("bitsandbytes", "trl", "transformers", "accelerate", "huggingface_hub", "httpx"):
+    for name in ("bitsandbytes", "trl", "transformers", "accelerate", "huggingface_hub", "httpx", "math_verify"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in ("transformers", "trl", "peft", "torch", "datasets", "accelerate", "bitsandbytes"):
         warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")

@@ -14,6 +14,7 @@ from ftcore.defaults.plan import PlanMaker
 from ftcore.device import Device
 from ftcore.errors import Problem, Refused, refuse
 from ftcore.manager import Hooks
+from ftcore.rewards import counted, guarded
 from ftcore.specs import Answer, Artifact, Checkpoint, Loaded, PatchReport, Phase, Plan, RunResult
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         raise Refused(
             Problem("trainer", "no trainer is selected", "add +trainer=NAME; `ftcore plugins trainer` lists them")
         )
-    plan = claimed(plan)
+    continues, plan = plan.trainer.continues, claimed(plan)
     with RunFolder(plan) as folder:
         # The rows come first: what is wrong with one for this tokenizer is said before any weight is read.
         tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
@@ -82,11 +83,11 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         watch.lap("load")
 
         prompts = plan.run.prompts or (list(plan.format.sample_prompts) if _on_sample(plan) and plan.format else [])
-        before = answers_to(prompts, model, tokenizer, plan.run.sampling)
+        before = answers_to(prompts, model, tokenizer, plan.run.sampling, continues)
         watch.lap("answers_before")
 
-        rewards = hooks.collect(h.ftcore_rewards, plan=plan)
-        callbacks = hooks.collect(h.ftcore_callbacks, plan=plan)
+        rewards = guarded(hooks.collect(h.ftcore_rewards, plan=plan), plan.run.scoring)
+        callbacks = [*counted(rewards), *hooks.collect(h.ftcore_callbacks, plan=plan)]
         generator = hooks.maybe(h.ftcore_make_generator, plan=plan, model=model, tokenizer=tokenizer)
         optimizer = hooks.maybe(h.ftcore_make_optimizer, plan=plan, model=model)
         trainer = hooks.first(
@@ -105,7 +106,7 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         watch.lap("train")
         metrics = {**trained.metrics, **hooks.first(h.ftcore_evaluate, plan=plan, trainer=trainer)}
         watch.lap("evaluate")
-        after = answers_to(prompts, model, tokenizer, plan.run.sampling)
+        after = answers_to(prompts, model, tokenizer, plan.run.sampling, continues)
         watch.lap("answers_after")
 
         folder.save_trained(loaded)
@@ -148,14 +149,14 @@ def _rewarded(hooks: Hooks) -> bool:
 
 
 def _sample_reward(config: RunConfig, hooks: Hooks) -> str | None:
-    """The reward that a trainer names for its shipped sample rows, where the user named none."""
+    """The reward that a trainer, or the rows' format, names for shipped rows, where the user named none."""
     if config.trainer is None or config.rewards or config.reward or (config.data and config.data.path):
         return None
     if _rewarded(hooks):
         return None
-    module = installed().find("trainer", config.trainer.name).load()
-    name: str | None = getattr(module, "SAMPLE_REWARD", None)
-    return name
+    own: str | None = getattr(installed().find("trainer", config.trainer.name).load(), "SAMPLE_REWARD", None)
+    form = installed().find("data", config.data.name).load() if config.data and own else None
+    return getattr(form, "SAMPLE_REWARD", own)
 
 
 def _no_reward(plan: Plan, hooks: Hooks) -> list[Problem]:

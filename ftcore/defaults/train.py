@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ftcore import rewards
 from ftcore.errors import Exit, Problem, Refused
 from ftcore.hooks import hookimpl
-from ftcore.manager import import_function
 from ftcore.specs import Plan, Reward, TrainReport
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @hookimpl(trylast=True)
 def ftcore_rewards(plan: Plan) -> Sequence[Reward]:
     """The user's own functions: `rewards=[file.py:function]`."""
-    return [import_function(text, "rewards") for text in plan.run.rewards]
+    return rewards.own(plan)
 
 
 @hookimpl(trylast=True)
@@ -51,9 +51,9 @@ def ftcore_train(plan: Plan, trainer: Trainer) -> TrainReport:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if losses:
         metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
-    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-    if rewards:
-        metrics |= {"reward_first": rewards[0], "reward_last": rewards[-1]}
+    values = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    if values:
+        metrics |= {"reward_first": values[0], "reward_last": values[-1]}
     metrics |= {"train_loss": output.training_loss, "train_seconds": output.metrics.get("train_runtime", 0.0)}
     return TrainReport(steps=trainer.state.global_step, metrics=metrics, history=trainer.state.log_history)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ftcore import Plan, Problem, RewardConfig, hookimpl
+from ftcore.rewards import one_by_one
 from ftcore.specs import Reward
 
 
@@ -31,13 +31,4 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
 def ftcore_rewards(plan: Plan) -> Sequence[Reward]:
     """One function, named `length` in the metrics."""
     config = plan.config(Config)
-
-    def length(completions: Sequence[Any], **_: Any) -> list[float]:
-        return [-config.weight * abs(len(text_of(c)) - config.target) / config.target for c in completions]
-
-    return [length]
-
-
-def text_of(completion: Any) -> str:
-    """The words of a completion, which is a string or a list of messages."""
-    return completion if isinstance(completion, str) else "".join(str(m.get("content") or "") for m in completion)
+    return [one_by_one("length", lambda text, _: -abs(len(text) - config.target) / config.target, config.weight)]

@@ -27,6 +27,20 @@ class TestAuto(DataContract):
     plugin = "data/auto"
 
 
+class TestCodes(DataContract):
+    plugin = "data/codes"
+    bad_rows = (
+        {"codes": [1, 2, 3, 4, 5, 6, 7]},
+        {"codes": [1, 2, 3, 4, 5, 6], "text": "a"},
+        {"codes": [1, 2, 3, 4, 5, 6, 4096], "text": "a"},
+        {"codes": [1, 4097, 3, 4, 5, 6, 7], "text": "a"},
+        {"codes": [1, 9000, 3, 4, 5, 6, 7], "text": "a"},
+        {"codes": [[1], [2, 3], [4, 5, 6]], "text": "a"},
+        {"codes": [1.5, 2, 3, 4, 5, 6, 7], "text": "a"},
+        {"codes": "1 2 3 4 5 6 7", "text": "a"},
+    )
+
+
 class TestImages(DataContract):
     plugin = "data/images"
     bad_rows = (
@@ -99,6 +113,16 @@ class TestPromptCompletion(DataContract):
 class TestPrompts(DataContract):
     plugin = "data/prompts"
     bad_rows = ({"answer": "4"}, {"prompt": [{"role": "assistant", "content": "Hello"}]})
+
+
+class TestReasoningGym(DataContract):
+    plugin = "data/reasoning_gym"
+    bad_rows = (
+        {"question": "2 + 2 =", "answer": "4"},
+        {"question": " ", "answer": "4", "metadata": {"source_dataset": "chain_sum"}},
+        {"question": "2 + 2 =", "answer": "4", "metadata": {}},
+        {"question": "2 + 2 =", "answer": "4", "metadata": "import os"},
+    )
 
 
 class TestShareGPT(DataContract):

@@ -1,0 +1,52 @@
+"""Rewards completions whose final answer equals the row's, as mathematics: 1 or 0, by math-verify."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ftcore import Plan, Problem, RewardConfig, hookimpl
+from ftcore.rewards import check_column, one_by_one
+from ftcore.specs import Reward
+
+REQUIRES = ("math-verify>=0.8",)
+FINAL = "####"
+"""Where a solution in GSM8K's style has its answer."""
+
+
+@dataclass
+class Config(RewardConfig):
+    """The math reward's settings."""
+
+    column: str = "answer"
+    """Column with the right answer: a number, LaTeX, or a solution that ends with it."""
+
+
+@hookimpl
+def ftcore_check_plan(plan: Plan) -> list[Problem]:
+    """The rows have the answer."""
+    return check_column(plan, "math", plan.config(Config).column)
+
+
+@hookimpl
+def ftcore_rewards(plan: Plan) -> Sequence[Reward]:
+    """One function, named `math` in the metrics."""
+    config = plan.config(Config)
+    return [one_by_one("math", partial(score, column=config.column), config.weight)]
+
+
+def score(text: str, row: Mapping[str, Any], column: str) -> float | None:
+    """Whether the two are equal; None where the row's own answer is no mathematics."""
+    from math_verify import parse, verify
+
+    # Its own time limits would take the alarm of ours, and swallow what it raises.
+    right = parse(as_answer(row[column]), parsing_timeout=None)
+    return float(verify(right, parse(text, parsing_timeout=None), timeout_seconds=None)) if right else None
+
+
+def as_answer(value: Any) -> str:
+    """The answer marked as mathematics, so that `1/2` and `x^2` are read whole."""
+    text = str(value).rpartition(FINAL)[2].strip()
+    return text if "$" in text or "\\boxed" in text or " " in text else f"${text}$"
