@@ -11,7 +11,7 @@ from ftcore.errors import Problem
 from ftcore.sources import argument_names, enum_values
 from ftcore.specs import Plan
 
-ABOVE_0 = ("learning_rate", "global_batch", "max_length", "logging_steps")
+ABOVE_0 = ("learning_rate", "loraplus_ratio", "global_batch", "max_length", "logging_steps")
 FROM_0 = (
     "micro_batch",
     "weight_decay",
@@ -73,7 +73,8 @@ def check_numbers(plan: Plan) -> Iterator[Problem]:
         yield from _range("model", run.model, above_0=("max_length",))
     if trainer is None:
         return
-    yield from _range("trainer", trainer, ABOVE_0, FROM_0)
+    own_rate = () if trainer.embedding_learning_rate is None else ("embedding_learning_rate",)
+    yield from _range("trainer", trainer, (*ABOVE_0, *own_rate), FROM_0)
     for key in PARTS_OR_STEPS:
         value = getattr(trainer, key)
         if 1 < value < math.inf and value != int(value):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from ftcore import Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
-from ftcore.catalog import nearest
 from ftcore_trainers._arguments import OWNED
+from ftcore_trainers._preference import ReferenceModel, in_range, reference_problems, unknown_loss
+from ftcore_trainers._rollout_keys import OWNED_BY_ROLLOUTS, group_problems, in_groups, problems
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -17,6 +19,13 @@ SAMPLE_REWARD = "length"
 """Reward for the shipped sample rows, where the user names none."""
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+
+
+class ImportanceSampling(Enum):
+    """What a ratio of probabilities is taken over."""
+
+    token = "token"
+    sequence = "sequence"
 
 
 @dataclass
@@ -37,29 +46,23 @@ class Config(TrainerConfig):
     """Nucleus size."""
     beta: float = 0.0
     """Coefficient of the KL divergence from the reference model; 0 needs no reference model."""
+    reference: ReferenceModel = ReferenceModel.start
+    """`start`: the policy as training finds it, with the adapter of `adapter.path`; `base`: it without an adapter."""
     loss_type: str = "dapo"
     """`grpo`, `bnpo`, `dr_grpo`, `dapo`, or another of TRL's names."""
+    importance_sampling_level: ImportanceSampling = ImportanceSampling.token
+    """Whether a ratio of probabilities is one of each token, or one of each whole completion: `sequence` is GSPO."""
 
 
 @hookimpl
 def ftcore_trainer_spec(config: Config) -> TrainerSpec:
-    """Takes prompts and rewards; the reference model is the base with the adapter off."""
-    own = {
-        "num_generations",
-        "max_completion_length",
-        "temperature",
-        "top_p",
-        "beta",
-        "loss_type",
-        "use_vllm",
-        "generation_kwargs",
-    }
+    """Takes prompts and rewards; the reference model is the policy's own weights."""
     return TrainerSpec(
         accepts=frozenset({Shape.PROMPTS}),
         wants_rewards=True,
         reference_model=config.beta > 0,
         args="trl.trainer.grpo_config:GRPOConfig",
-        owned=OWNED | own | {"use_transformers_continuous_batching"},
+        owned=OWNED | OWNED_BY_ROLLOUTS | {"num_generations", "beta", "loss_type", "importance_sampling_level"},
     )
 
 
@@ -67,27 +70,14 @@ def ftcore_trainer_spec(config: Config) -> TrainerSpec:
 def ftcore_check_plan(plan: Plan) -> list[Problem]:
     """Groups must fill the batch, and a group of one has no baseline."""
     config = plan.config(Config)
-    found = []
-    if config.num_generations < 2:
-        found.append(
-            Problem("trainer.num_generations", f"is {config.num_generations}", "a group needs at least 2 completions")
-        )
-    elif config.global_batch % config.num_generations:
-        message = f"{config.global_batch} is no multiple of trainer.num_generations={config.num_generations}"
-        found.append(Problem("trainer.global_batch", message, f"use trainer.global_batch={config.num_generations * 2}"))
-    if config.max_completion_length < 1:
-        found.append(
-            Problem("trainer.max_completion_length", f"is {config.max_completion_length}", "give a number above 0")
-        )
-    if config.loss_type not in LOSS_TYPES:
-        near = nearest(config.loss_type, LOSS_TYPES)
-        fix = f"did you mean trainer.loss_type={near}?" if near else f"use one of {', '.join(LOSS_TYPES)}"
-        found.append(Problem("trainer.loss_type", f"'{config.loss_type}' is no loss type", fix))
-    if config.temperature <= 0:
-        found.append(Problem("trainer.temperature", f"is {config.temperature}", "sampling needs a temperature above 0"))
-    if config.packing:
-        found.append(Problem("trainer.packing", "GRPO's completions cannot be packed", "leave trainer.packing out"))
-    return found
+    held = reference_problems(plan, config.reference, False) if config.beta > 0 else ()
+    return [
+        *group_problems(plan),
+        *problems(plan),
+        *in_range(config, from_0=("beta",)),
+        *unknown_loss(config.loss_type, LOSS_TYPES),
+        *held,
+    ]
 
 
 @hookimpl
@@ -107,6 +97,7 @@ def ftcore_make_trainer(
     from ftcore_trainers._arguments import early_stopping, quiet, shared
     from ftcore_trainers._dtypes import kept_dtypes
     from ftcore_trainers._grpo_trainer import GeneratorGRPOTrainer
+    from ftcore_trainers._reference import reference_of
 
     config = plan.config(Config)
     arguments = {
@@ -116,18 +107,17 @@ def ftcore_make_trainer(
         "top_p": config.top_p,
         "beta": config.beta,
         "loss_type": config.loss_type,
+        "importance_sampling_level": config.importance_sampling_level.value,
         **shared(plan, "eval" in dataset),
     }
-    # Groups are evaluated whole.
-    rows, group = arguments["per_device_eval_batch_size"], config.num_generations
-    arguments["per_device_eval_batch_size"] = -(-rows // group) * group
     with kept_dtypes(model):
         return quiet(
             GeneratorGRPOTrainer(
                 generator=generator,
+                reference=reference_of(plan, model, config.reference.value) if config.beta > 0 else None,
                 model=model,
                 reward_funcs=list(rewards),
-                args=GRPOConfig(**arguments),
+                args=GRPOConfig(**in_groups(arguments, config.num_generations)),
                 train_dataset=dataset["train"],
                 eval_dataset=dataset.get("eval"),
                 processing_class=tokenizer,

@@ -36,6 +36,28 @@ class TestBert(EncoderContract, ModelContract):
     ungraded = ("key.bias",)  # the softmax does not see what all keys have in common
 
 
+class TestCsm(EncoderContract, ModelContract):
+    plugin = "model/csm"
+    trained_by = ("+trainer=tts",)
+
+    def batch(self, model: Any) -> dict[str, torch.Tensor]:
+        """Two utterances as transformers' processor gives them, the second shorter and padded on the left."""
+        config, drawn = model.config, torch.Generator().manual_seed(1)
+        words, frames = torch.randint(0, 256, (2, 6), generator=drawn), (4, 2)
+        ids = torch.full((2, 11), 256)
+        for row, count in enumerate(frames):
+            speech = [config.audio_token_id] * count + [config.audio_eos_token_id]
+            ids[row, -6 - len(speech) :] = torch.tensor([*words[row].tolist(), *speech])
+        samples = 0.3 * torch.randn((2, 1, 1920 * max(frames)), generator=drawn)
+        return {
+            "input_ids": ids,
+            "attention_mask": (ids != 256).long(),
+            "input_values": samples,
+            "input_values_cutoffs": torch.tensor([[1920 * count] for count in frames]),
+            "labels": torch.where(ids >= config.audio_token_id, ids, -100),
+        }
+
+
 class TestDeepseekV3(ModelContract):
     plugin = "model/deepseek_v3"
     absent_targets = ("q_proj",)  # where queries have no latent
@@ -93,6 +115,15 @@ class TestModernBert(EncoderContract, ModelContract):
 class TestMllama(ModelContract):
     plugin = "model/mllama"
     ungraded = ("global_transformer.layers.0.gate_attn",)  # a sum that cancels: float32 is 8e-5 off float64 there
+
+
+class TestOrpheus(ModelContract):
+    plugin = "model/orpheus"
+
+    def test_three_steps_of_sft(self, tmp_path: Path) -> None:
+        words = [*self.tiny(), "+trainer=sft", "trainer.max_steps=3", "data=codes"]
+        metrics = run([*words, f"output_dir='{tmp_path / 'run'}'"]).metrics
+        assert metrics["loss_last"] < metrics["loss_first"]
 
 
 class TestPhi3(ModelContract):

@@ -1,0 +1,55 @@
+"""Keys and checks that trainers share that learn from completions of their own. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ftcore import Plan, Problem
+
+OWNED_BY_ROLLOUTS = frozenset(
+    {
+        "max_completion_length",
+        "temperature",
+        "top_p",
+        "use_vllm",
+        "generation_kwargs",
+        "use_transformers_continuous_batching",
+        "reward_weights",
+        "model_init_kwargs",
+        "sync_ref_model",
+        "ref_model_mixup_alpha",
+        "ref_model_sync_steps",
+    }
+)
+"""Arguments of TRL's that are ftcore's own keys, or are about generation and models that are ftcore's business."""
+
+
+def problems(plan: Plan, nucleus: bool = True) -> Iterator[Problem]:
+    """What no trainer does that learns from its own completions."""
+    config: Any = plan.run.trainer
+    if config.max_completion_length < 1:
+        yield Problem("trainer.max_completion_length", f"is {config.max_completion_length}", "give a number above 0")
+    if config.temperature <= 0:
+        yield Problem("trainer.temperature", f"is {config.temperature}", "sampling needs a temperature above 0")
+    if nucleus and not 0 < config.top_p <= 1:
+        yield Problem("trainer.top_p", f"is {config.top_p}", "give a number above 0 and up to 1")
+    if config.packing:
+        name = {"grpo": "GRPO", "ppo": "PPO", "rloo": "RLOO"}.get(config.name, config.name)
+        yield Problem("trainer.packing", f"{name}'s completions cannot be packed", "leave trainer.packing out")
+
+
+def group_problems(plan: Plan) -> Iterator[Problem]:
+    """Groups must fill the batch, and a group of one has no baseline."""
+    config: Any = plan.run.trainer
+    if config.num_generations < 2:
+        yield Problem("trainer.num_generations", f"is {config.num_generations}", "a group needs at least 2 completions")
+    elif config.global_batch % config.num_generations:
+        message = f"{config.global_batch} is no multiple of trainer.num_generations={config.num_generations}"
+        yield Problem("trainer.global_batch", message, f"use trainer.global_batch={config.num_generations * 2}")
+
+
+def in_groups(arguments: dict[str, Any], num_generations: int) -> dict[str, Any]:
+    """The arguments with whole groups in each batch of held-out prompts."""
+    rows = arguments["per_device_eval_batch_size"]
+    return arguments | {"per_device_eval_batch_size": -(-rows // num_generations) * num_generations}

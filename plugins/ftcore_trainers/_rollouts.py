@@ -1,0 +1,102 @@
+"""What trainers share that learn from completions of their own: the generator's place in TRL's, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ftcore import Sampling
+from ftcore_trainers._lean_loop import LeanLoop
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ftcore import Completions
+    from ftcore.specs import Generator
+    from ftcore_trainers._reference import Reference
+
+
+class Rollouts(LeanLoop):
+    """A base to put before GRPOTrainer or RLOOTrainer: completions from a Generator, and the given reference model."""
+
+    model: Any
+    beta: float
+    max_completion_length: int
+
+    def __init__(self, generator: Generator, reference: Reference | None, **kwargs: Any) -> None:
+        args = kwargs["args"]
+        beta, args.beta = args.beta, 0.0  # TRL's constructor would make a reference model of its own
+        super().__init__(**kwargs)
+        args.beta = self.beta = beta
+        self.ref_model = reference
+        self._generator = generator
+        self.add_callback(weights_changed(generator))  # type: ignore[attr-defined]
+
+    def complete(self, prompt_ids: Sequence[Sequence[int]], images: Any) -> Completions:
+        """One completion per prompt; TRL repeats each prompt once per completion of its group already."""
+        if images:
+            raise NotImplementedError("the generator completes text prompts only")
+        return completed(self._generator, prompt_ids, sampling_of(self.args, self.max_completion_length))
+
+
+def sampling_of(args: Any, max_new_tokens: int) -> Sampling:
+    """How TRL's arguments say that tokens are drawn."""
+    return Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k or 0,
+        min_p=args.min_p or 0.0,
+        repetition_penalty=args.repetition_penalty,
+    )
+
+
+def prompt_ids(tokenizer: Any, prompt: Any) -> list[int]:
+    """Token ids of a conversation, up to where the answer begins."""
+    from ftcore.chat import render
+
+    ids: list[int] = tokenizer(render(tokenizer, prompt, generate=True), add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, device: Any, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids and their mask `[rows, length]` int64."""
+    import torch
+
+    width = max(map(len, rows))
+    gaps = [width - len(row) for row in rows]
+    ids = [[*[pad] * gap * left, *row, *[pad] * gap * (not left)] for row, gap in zip(rows, gaps, strict=True)]
+    mask = [[*[0] * gap * left, *[1] * len(row), *[0] * gap * (not left)] for row, gap in zip(rows, gaps, strict=True)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def completed(generator: Generator, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
+    """Completions of a step, between the generator's two calls about memory."""
+    generator.begin_rollout()
+    try:
+        return generator.generate(prompt_ids, sampling)
+    finally:
+        generator.end_rollout()
+
+
+@contextmanager
+def hidden_states(backbone: Any) -> Iterator[list[Tensor]]:
+    """The last hidden states of every pass through the backbone inside the block."""
+    seen: list[Tensor] = []
+    hook = backbone.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def weights_changed(generator: Generator) -> Any:
+    """The callback that tells the generator of every optimizer step."""
+    from transformers import TrainerCallback
+
+    class WeightsChanged(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            generator.weights_changed()
+
+    return WeightsChanged()
