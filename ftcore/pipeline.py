@@ -163,5 +163,6 @@ def _no_reward(plan: Plan, hooks: Hooks) -> list[Problem]:
     if not (plan.trainer and plan.trainer.wants_rewards) or _rewarded(hooks) or plan.run.rewards:
         return []
     name = plan.run.trainer.name if plan.run.trainer else ""
-    fix = f"add '+reward=[{(installed().names('reward') or ['NAME'])[0]}]', or rewards=[my_rewards.py:my_function]"
+    names = ", ".join(installed().names("reward"))
+    fix = f"add '+reward=[NAME]' with one of {names}; or rewards=[my_rewards.py:my_function]"
     return [Problem("reward", f"{name} needs a reward", fix)]

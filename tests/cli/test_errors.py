@@ -367,7 +367,7 @@ CASES = {
     "groups-in-batch": wrong(f"{GRPO} trainer.num_generations=3", CONFIG, "8 is no multiple", "trainer.global_batch=6"),
     "greedy-rollouts": wrong(f"{GRPO} trainer.temperature=0", CONFIG, "trainer.temperature: is 0", "above 0"),
     "packed-rollouts": wrong(f"{GRPO} trainer.packing=true", CONFIG, "trainer.packing", "leave trainer.packing out"),
-    "no-reward": wrong(f"{GRPO} data.path=prompts.jsonl", CONFIG, "reward: grpo needs a reward", "+reward=[length]"),
+    "no-reward": wrong(f"{GRPO} data.path=prompts.jsonl", CONFIG, "reward: grpo needs a reward", "one of format, "),
     "reward-option": wrong(f"{GRPO} +reward=[lenght]", CONFIG, "'lenght'", "did you mean +reward=length?"),
     "reward-not-listed": wrong(
         f"{GRPO} rewards=rewards.py:length", CONFIG, "rewards: takes a list", "[rewards.py:length]"
@@ -973,7 +973,8 @@ def test_chat_takes_bytes_that_are_no_utf_8(
     from ftcore.tasks import chat
 
     heard: list[str] = []
-    monkeypatch.setattr(chat, "load_trained", lambda config: SimpleNamespace(model=None, tokenizer=None))
+    plan = SimpleNamespace(family=SimpleNamespace(auto_class="AutoModelForCausalLM"))
+    monkeypatch.setattr(chat, "load_trained", lambda config: SimpleNamespace(model=None, tokenizer=None, plan=plan))
     monkeypatch.setattr(chat, "answer", lambda messages, *_: heard.append(messages[-1]["content"]) or "ho")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     assert chat.main(shlex.split(TINY)) == 0

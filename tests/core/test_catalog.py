@@ -28,7 +28,7 @@ def test_installed_entry_points_are_those_of_pyproject() -> None:
 def test_names_of_families_trainers_and_exporters_are_not_in_the_core() -> None:
     """The core knows kinds, never options."""
     names = {n for kind in ("model", "trainer", "export", "quantizer") for n in installed().names(kind)}
-    names -= {"safetensors", "adapter"}  # also a file format, and a kind
+    names -= {"safetensors", "adapter", "reward"}  # also a file format, and kinds
     word = re.compile(r"\b(" + "|".join(map(re.escape, sorted(names))) + r")\b")
     help_texts = {"help.py", "cli.py"}  # examples shown to people
     for file in (ROOT / "ftcore").rglob("*.py"):

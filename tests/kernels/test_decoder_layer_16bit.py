@@ -136,7 +136,7 @@ def assert_no_worse(found: Results, theirs: Results, truth: Results, eps: float)
             far[name] = f"{mine[name]:.2e}, transformers {other[name]:.2e}"
     assert not far
     ours, whole = (sum(error**2 for error in errors.values()) ** 0.5 for errors in (mine, other))
-    assert ours <= 1.05 * whole
+    assert ours <= 1.1 * whole  # the same rule as for each
 
 
 def check(family: str, dtype: torch.dtype, name: str, kernel_set: str, lora: bool = True) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ftcore import Role, bind
+from ftcore_kernels.layers.kv_cache import NAMES, cache_in
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,6 @@ def forward(
     hidden_states: torch.Tensor,
     position_embeddings: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor | None = None,
-    past_key_values: Any = None,
     *,
     op: Op,
     traits: frozenset[str],
@@ -42,8 +42,9 @@ def forward(
         query, key = module.q_norm(query), module.k_norm(key)
     value = module.v_proj(hidden_states).view(heads).transpose(1, 2)
     query, key = op(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, module.layer_idx)
+    if (cache := cache_in(kwargs)) is not None:
+        key, value = cache.update(key, value, module.layer_idx)
+    kwargs = {name: given for name, given in kwargs.items() if name not in NAMES}
 
     if hasattr(module, "sliding_window"):
         kwargs["sliding_window"] = module.sliding_window

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ftcore import Role, bind
 from ftcore_kernels.layers.decoder.attention import handed
+from ftcore_kernels.layers.kv_cache import cache_of
 from ftcore_kernels.layers.lm_head_outputs import FusedLoss, FusedTokens
 from ftcore_kernels.layers.lm_head_parts import (
     IGNORED,
@@ -66,7 +67,7 @@ class FusedHead:
         arguments, options = operands(module, out.last_hidden_state, head, targets)
         return CausalLMOutputWithPast(
             loss=self.cross_entropy(*arguments, normalizer=targets.normalizer, **options),
-            past_key_values=out.past_key_values,
+            **cache_of(out),
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )

@@ -20,6 +20,7 @@ from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.recompute import Recompute
 from ftcore_kernels.layers.decoder.steps import Ops
 from ftcore_kernels.layers.decoder.structure import ACTIVATIONS, Structure
+from ftcore_kernels.layers.kv_cache import cache_in
 from ftcore_kernels.layers.mlp import activation_name
 from ftcore_kernels.layers.uncovered import Uncovered, say
 
@@ -31,7 +32,6 @@ def forward(
     structure: Structure,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     attention_mask: Mask | torch.Tensor | None = None,
-    past_key_values: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """hidden_states `[B, S, H]` -> the same shape and dtype."""
@@ -39,7 +39,8 @@ def forward(
     attention_mask = taken(attention_mask)
     keep = recompute.keep(hidden_states)
     graphs, key, kind, tables = None, (), (getattr(module.self_attn, "layer_type", None),), ()
-    plain = past_key_values is None and position_embeddings is not None and not kwargs.get("output_attentions")
+    cached = cache_in(kwargs) is not None
+    plain = not cached and position_embeddings is not None and not kwargs.get("output_attentions")
     if plain and module.training and torch.is_grad_enabled():
         graphs = recompute.recording(hidden_states)
     if graphs is not None and (read := reading(attention_mask)).complete:
@@ -50,7 +51,7 @@ def forward(
         if (record := graphs.ready(key)) is not None:
             return graphs.replay(record, hidden_states, tables, kind)
     try:
-        if past_key_values is not None or position_embeddings is None or kwargs.get("output_attentions"):
+        if cached or position_embeddings is None or kwargs.get("output_attentions"):
             raise Uncovered("a cache, no tables of angles, or attention weights asked for")
         if torch.is_autocast_enabled(hidden_states.device.type) and hidden_states.dtype == torch.float32:
             raise Uncovered("autocast would round 32-bit hidden states")
@@ -58,12 +59,7 @@ def forward(
     except Uncovered as reason:
         if module.training and torch.is_grad_enabled():
             say("decoder layers", str(reason))
-        whole = dict(
-            kwargs,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-        )
+        whole = dict(kwargs, position_embeddings=position_embeddings, attention_mask=attention_mask)
         return _own(module, hidden_states, keep, whole)
     if graphs is not None and tables and layer.attention.recordable and trained(layer) and graphs.due(key):
         record = graphs.record(key, layer, keep, kind, hidden_states.requires_grad)

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from ftcore_kernels.layers import kv_cache
 from ftcore_kernels.layers.decoder.attention.choice import BASES, SDPA
 from ftcore_kernels.layers.decoder.attention.documents import Documents
 from ftcore_kernels.layers.decoder.attention.mask import Mask, Reading
 
-OTHERS = ("attention_mask", "past_key_values", "pixel_values", "token_type_ids", "mm_token_type_ids", "cache_position")
+OTHERS = ("attention_mask", *kv_cache.NAMES, "pixel_values", "token_type_ids", "mm_token_type_ids", "cache_position")
 """Inputs of a model that decide on the mask, or may."""
 LOWEST = torch.finfo(torch.float32).min
 
