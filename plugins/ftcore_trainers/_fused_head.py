@@ -4,7 +4,8 @@ What a kernel for the role `lm_head` keeps to, so that a trainer may use it. Its
 instance, answers `labels` with `fused_lm_head=True` by the fields of TRL's `FusedCausalLMOutput` (`log_probs` and
 `loss` with gradients, `entropy` and `is_top1` without), and with `fused_loss=True` by `loss`, `entropy_sum`, `top1_sum`
 and `tokens`. The instance's attribute `ftcore_lm_head` has a `temperature`, which divides the logits of the former, and
-`mean_logits`: whether the former has the field of that name, without a gradient.
+`mean_logits`: whether the former has the field of that name, without a gradient. Both take `supervised`, the places of
+the labels that count, and `begins`, which says in short what the attention mask would.
 """
 
 from __future__ import annotations

@@ -8,16 +8,17 @@ from trl import GRPOTrainer
 
 from ftcore_trainers._fused_head import take_over
 from ftcore_trainers._rollouts import Rollouts
+from ftcore_trainers._shared_prompts import SharedPrompts
 
 
-class GeneratorGRPOTrainer(Rollouts, GRPOTrainer):
+class GeneratorGRPOTrainer(SharedPrompts, Rollouts, GRPOTrainer):
     """Asks a :class:`ftcore.specs.Generator` for the completions; everything else is TRL's."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, share_prompts: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         # TRL's own head has what the kernels' has not: a gradient of the entropy, and a head in float32.
-        if not (self._entropy_bonus_enabled or self.args.cast_lm_head_to_fp32):
-            take_over(self, temperature=self.temperature)
+        fits = not (self._entropy_bonus_enabled or self.args.cast_lm_head_to_fp32)
+        self.share_prompts = fits and take_over(self, temperature=self.temperature) and share_prompts
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
         loss = super()._compute_loss(model, inputs)

@@ -8,14 +8,15 @@ from trl import RLOOTrainer
 
 from ftcore_trainers._fused_head import take_over
 from ftcore_trainers._rollouts import Rollouts
+from ftcore_trainers._shared_prompts import SharedPrompts
 
 
-class GeneratorRLOOTrainer(Rollouts, RLOOTrainer):
+class GeneratorRLOOTrainer(SharedPrompts, Rollouts, RLOOTrainer):
     """Asks a :class:`ftcore.specs.Generator` for the completions; everything else is TRL's."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, share_prompts: bool, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        take_over(self, temperature=self.temperature)
+        self.share_prompts = take_over(self, temperature=self.temperature) and share_prompts
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any

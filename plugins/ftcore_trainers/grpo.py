@@ -44,6 +44,8 @@ class Config(TrainerConfig):
     """Sampling temperature."""
     top_p: float = 1.0
     """Nucleus size."""
+    share_prompts: bool = True
+    """Read a prompt once for all its completions in a micro-batch, where a kernel does so and it spares enough."""
     beta: float = 0.0
     """Coefficient of the KL divergence from the reference model; 0 needs no reference model."""
     reference: ReferenceModel = ReferenceModel.start
@@ -114,6 +116,7 @@ def ftcore_make_trainer(
         return quiet(
             GeneratorGRPOTrainer(
                 generator=generator,
+                share_prompts=config.share_prompts,
                 reference=reference_of(plan, model, config.reference.value) if config.beta > 0 else None,
                 model=model,
                 reward_funcs=list(rewards),

@@ -1,4 +1,4 @@
-"""The cache of keys and values among a forward's arguments: `cache` since transformers 5.24, `past_key_values` before."""
+"""The cache of keys and values in a forward's arguments: `cache` since transformers 5.24, `past_key_values` before."""
 
 from __future__ import annotations
 

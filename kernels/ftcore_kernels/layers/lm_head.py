@@ -165,7 +165,8 @@ def forward_of(fused: FusedHead) -> Callable[..., Any]:
         """input_ids [B, S], labels or shift_labels [B, S] -> see the module's docstring.
 
         `supervised` [n] int64 spares the wait for the device that finding the supervised among the B S tokens is, and
-        `begins`, a NumPy bool [B, S] that says which tokens are the first of their documents, the one for the mask.
+        `begins`, a NumPy bool [B, S] that says which tokens are the first of their documents, or `Branches`, the one
+        for the mask.
         Raises TypeError for a fused answer without labels, NotImplementedError for one with a router's loss.
         """
         if len(args) > len(names):

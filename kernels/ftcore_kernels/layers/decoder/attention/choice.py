@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ftcore_kernels.layers.decoder.attention.branches import Branched, Branches
 from ftcore_kernels.layers.decoder.attention.capped import Capped
 from ftcore_kernels.layers.decoder.attention.documents import Documents
 from ftcore_kernels.layers.decoder.attention.kernels import Attention, Cudnn, Differentiated, Flash
@@ -44,7 +45,7 @@ def choose(
     if name in ("sdpa", *BASES) and module.is_causal and not (mask is None and name == EAGER):
         said, documents = reading(mask)
         if said and (mask is None or mask.window == window):
-            if softcap is not None:
+            if softcap is not None:  # no branches then: see `takes_branches`
                 return Capped(module.scaling, softcap, window, documents)
             kernel = fused(hidden, module.head_dim, module.scaling, window, documents)
             if kernel is not None:
@@ -55,7 +56,7 @@ def choose(
 
 
 def fused(
-    like: torch.Tensor, head_dim: int, scale: float, window: int | None, documents: Documents | None
+    like: torch.Tensor, head_dim: int, scale: float, window: int | None, documents: Documents | Branches | None
 ) -> Attention | None:
     """The fastest kernel that takes a causal mask as it is described, on the device and in the dtype of `like`."""
     if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float16):
@@ -63,6 +64,8 @@ def fused(
     capability = _capability(like.device)
     if capability < (8, 0) or head_dim % 8 or head_dim > 256:
         return None
+    if isinstance(documents, Branches):
+        return Branched(scale, documents.on(like.device)) if window is None else None
     if documents is not None:
         documents = documents.on(like.device)
         window = None if window is None or window >= documents.longest else window

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ftcore_kernels.layers.decoder.attention.branches import Branches
 from ftcore_kernels.layers.decoder.attention.documents import Documents
 
 Dense = Callable[..., "torch.Tensor | None"]
@@ -21,7 +22,7 @@ class Reading(NamedTuple):
 
     complete: bool
     """Whether `documents` say it all; if not, only the dense mask does."""
-    documents: Documents | None
+    documents: Documents | Branches | None
     """None if each row is one document, perhaps with pads on its right: no token that counts sees them."""
 
 

@@ -12,19 +12,24 @@ from typing import Any
 import torch
 
 from ftcore_kernels.layers import kv_cache
+from ftcore_kernels.layers.decoder.attention.branches import Branches
 from ftcore_kernels.layers.decoder.attention.choice import BASES, SDPA
 from ftcore_kernels.layers.decoder.attention.documents import Documents
 from ftcore_kernels.layers.decoder.attention.mask import Mask, Reading
 
 OTHERS = ("attention_mask", *kv_cache.NAMES, "pixel_values", "token_type_ids", "mm_token_type_ids", "cache_position")
 """Inputs of a model that decide on the mask, or may."""
+WITH_BRANCHES = frozenset({"cuda"})
+"""Where branches have a kernel; elsewhere a dense mask would cost more than the tokens that are spared."""
 LOWEST = torch.finfo(torch.float32).min
 
 
 class Known(Mask):
-    """The mask of `[B, S]` tokens whose documents are known, without a window."""
+    """The mask of `[B, S]` tokens whose documents or branches are known, without a window."""
 
-    def __init__(self, documents: Documents | None, rows: int, length: int, device: torch.device, sdpa: bool) -> None:
+    def __init__(
+        self, documents: Documents | Branches | None, rows: int, length: int, device: torch.device, sdpa: bool
+    ) -> None:
         self.window = None
         self.reading = Reading(True, documents)
         self._shape, self._device, self._sdpa = (rows, length), device, sdpa
@@ -38,7 +43,9 @@ class Known(Mask):
             return None
         at = torch.arange(length, device=self._device)
         sees = (at[:, None] >= at).expand(rows, 1, length, length)
-        if documents is not None:
+        if isinstance(documents, Branches):
+            sees = documents.sees(self._device)[None, None]
+        elif documents is not None:
             flat = torch.arange(rows * length, device=self._device, dtype=torch.int32)
             document = torch.searchsorted(documents.offsets, flat, right=True).view(rows, 1, length)
             sees = sees & (document[..., None] == document[:, :, None])
@@ -79,20 +86,36 @@ def handed(model: Any, inputs: dict[str, Any], begins: Any = None) -> dict[str, 
 
     :param model: The model without its head.
     :param inputs: What it is called with: `input_ids` `[B, S]` or `inputs_embeds` `[B, S, H]`, and more.
-    :param begins: NumPy bool `[B, S]`, on the host: whether a token is the first of its document. None where nobody
-        knows; then the rows are documents if no positions are given.
+    :param begins: NumPy bool `[B, S]`, on the host: whether a token is the first of its document. Or :class:`Branches`.
+        None where nobody knows; then the rows are documents if no positions are given.
+
+    Raises ValueError for branches that this model's attention is not made for; see :func:`takes_branches`.
     """
     tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    if isinstance(begins, Branches) and not (tokens is not None and takes_branches(model, tokens.shape[1])):
+        raise ValueError("this model does not take branches")
     if tokens is None or any(inputs.get(name) is not None for name in OTHERS):
         return inputs
     rows, length = tokens.shape[:2]
     if not _causal(model.config, length) or (inputs.get("position_ids") is not None and begins is None):
         return inputs
-    documents = None
-    if begins is not None and begins[:, 1:].any():
+    documents: Documents | Branches | None = None
+    if isinstance(begins, Branches):
+        documents = begins
+    elif begins is not None and begins[:, 1:].any():
         documents = Documents.beginning(torch.from_numpy(begins), tokens.device)
     mask = Known(documents, rows, length, tokens.device, model.config._attn_implementation == SDPA)
     return inputs | {"attention_mask": Handed(mask, rows, length, tokens.device)}
+
+
+def takes_branches(model: Any, length: int) -> bool:
+    """Whether rows of that length may be :class:`Branches`: a kernel takes them, and no layer wants them otherwise.
+
+    :param model: The model without its head.
+    """
+    config = model.config.get_text_config()
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return model.device.type in WITH_BRANCHES and not capped and _causal(model.config, length)
 
 
 def _causal(config: Any, length: int) -> bool:
