@@ -34,8 +34,9 @@ class Config(TrainerConfig):
     """Sampling temperature."""
     top_p: float = 1.0
     """Nucleus size."""
-    share_prompts: bool = True
-    """Read a prompt once for all its completions in a micro-batch, where a kernel does so and it spares enough."""
+    share_prompts: bool = False
+    """Read a prompt once for all its completions in a micro-batch, where a kernel does so (GPUs from 8.0) and it spares
+    enough. Off until it has been measured."""
     beta: float = 0.05
     """Coefficient of the KL divergence from the reference model, taken off the reward; 0 needs no reference model."""
     reference: ReferenceModel = ReferenceModel.start

@@ -14,7 +14,12 @@ from ftcore_kernels.layers.decoder.attention import said
 from ftcore_trainers._fused_head import base_of
 from ftcore_trainers._shared_prompts import tree_of
 
-STEP = ("trainer.max_completion_length=6", "trainer.global_batch=6", "trainer.num_generations=2")
+STEP = (
+    "trainer.share_prompts=true",
+    "trainer.max_completion_length=6",
+    "trainer.global_batch=6",
+    "trainer.num_generations=2",
+)
 PROMPTS = ([7, 8, 9, 10, 11], [1, 2, 3, 4]) * 3
 COMPLETIONS = ([20, 21, 22], [30], [23], [31, 32, 33, 34], [], [40, 41])
 WIDTH = 5
