@@ -89,6 +89,7 @@ def test_wheel_brings_code_and_yaml(wheel: Path) -> None:
         "acme_ft/olmo2.py",
         "acme_ft/zipped.py",
         "acme_ft/json_reward.py",
+        "acme_ft/anchored.py",
         "acme_ft/conf/recipe/acme_sft.yaml",
     } <= set(names)
 
@@ -97,6 +98,7 @@ def test_plugins_are_listed_and_described(acme: Environment) -> None:
     listed = acme.ftcore("plugins").stdout
     assert [line.split()[:4] for line in listed.splitlines() if "acme" in line] == [
         ["model", "acme_olmo2", "acme-ft", "1.2.0"],
+        ["trainer", "acme_anchored", "acme-ft", "1.2.0"],
         ["reward", "acme_json", "acme-ft", "1.2.0"],
         ["export", "acme_zip", "acme-ft", "1.2.0"],
     ]
@@ -166,6 +168,20 @@ def test_reward_judges_a_grpo_run(acme: Environment, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     logged = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert "rewards/acme_json/mean" in logged
+
+
+def test_trainer_by_its_entry_point_alone(acme: Environment, tmp_path: Path) -> None:
+    """Selected, with a key of its own, on one of ftcore's families; its own check is a part of the plan."""
+    words = ("+model=qwen3", "+trainer=acme_anchored", "trainer.pull=0.5", "output_dir=run", *TINY)
+    done = acme.ftcore(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    origins = {plugin["name"]: plugin["origin"] for plugin in record["plugins"]}
+    assert origins["trainer/acme_anchored"] == "acme-ft 1.2.0 (acme_ft.anchored)"
+    assert "pull: 0.5" in (tmp_path / "run" / "config.yaml").read_text()
+    refused = acme.ftcore("plan", *words[:2], "trainer.pull=-1", "model.tiny=true", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "trainer.pull: is -1.0" in refused.stderr
 
 
 def test_problems_of_a_third_party_are_shown_with_the_rest(acme: Environment, tmp_path: Path) -> None:

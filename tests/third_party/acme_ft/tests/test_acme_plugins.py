@@ -5,9 +5,11 @@ from pathlib import Path
 from acme_ft.json_reward import score
 from transformers import AutoModelForCausalLM
 
-from ftcore.testing import ExportContract, ModelContract, RewardContract
+import ftcore
+from ftcore.testing import ExportContract, ModelContract, RewardContract, TrainerContract
 
 pytest_plugins = ["ftcore.testing"]
+SGD = ("trainer.optimizer=sgd", "trainer.learning_rate=1e-3", "trainer.max_grad_norm=0", "trainer.schedule=constant")
 
 
 class TestOlmo2(ModelContract):
@@ -34,6 +36,22 @@ class TestZip(ExportContract):
             "MANIFEST.json"
         }
         return AutoModelForCausalLM.from_pretrained(folder)
+
+
+class TestAnchored(TrainerContract):
+    plugin = "trainer/acme_anchored"
+
+    def test_a_strong_pull_keeps_the_adapter_near_its_start(self, tmp_path):
+        from ftcore.testing.trainer import Watched
+
+        moved = {}
+        for pull in (0, 1000):
+            seen, folder = Watched(), tmp_path / str(pull)
+            steps = [f"trainer.pull={pull}", "trainer.max_steps=4", f"output_dir='{folder}'"]
+            ftcore.run([*self.base, *self.selected(), *SGD, *steps], plugins=[seen])
+            weights = seen.trainer.model.named_parameters()
+            moved[pull] = sum(float((p - seen.before[name]).square().sum()) for name, p in weights)
+        assert 0 < moved[1000] < moved[0]
 
 
 class TestJson(RewardContract):
