@@ -205,7 +205,8 @@ def _weighted(function: Reward, weight: float) -> Reward:
     reward: Any = awaited if inspect.iscoroutinefunction(function) else plain
     reward.__name__ = reward.__qualname__ = name_of(function)
     vars(reward).update({name: value for name, value in vars(function).items() if name == ONE_BY_ONE})
-    return reward
+    weighted: Reward = reward
+    return weighted
 
 
 def _called(function: Reward, given: dict[str, Any]) -> Sequence[float | None]:

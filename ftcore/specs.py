@@ -264,6 +264,8 @@ class DataFormat:
     over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """More general formats that the rows fit as well, and the columns that say that they are of this one: a row with
     `prompt` and `chosen` is no row of `prompts`."""
+    made: bool = False
+    """Without a `data.path` the plugin makes as many rows as it is asked for; `sample` shows what they look like."""
     columns: tuple[str, ...] = ()
     """All columns that it reads, for `data.columns`; empty where others are used as well, or for no check."""
     media: tuple[str, ...] = ()

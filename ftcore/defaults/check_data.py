@@ -76,12 +76,15 @@ def check_rows(plan: Plan) -> Iterator[Problem]:
     if form is None or data is None or plan.trainer is None:
         return
     paths = [("data.path", path) for path in (sources(data.path) if data.path is not None else ())]
-    for key, path in [*paths, *([("data.eval_path", data.eval_path)] if data.eval_path else [])]:
+    if data.eval_path and data.eval_path not in (path for _, path in paths):
+        paths.append(("data.eval_path", data.eval_path))
+    for key, path in paths:
         try:
             yield from _source(key, path, data, form)
         except Refused as refused:
             yield from refused.problems
-    if data.eval_size and not (data.eval_path or data.streaming or data.weights):
+    made = form.made and data.path is None
+    if data.eval_size and not (data.eval_path or data.streaming or data.weights or made):
         yield from _split(data.eval_size, sources(data.path or form.sample))
 
 

@@ -49,6 +49,7 @@ def ftcore_data_format(config: DataConfig) -> DataFormat:
         sample=sample("reasoning_gym.jsonl"),
         sample_prompts=("State the final answer to the following arithmetic problem: 6 + 7 =",),
         over={"prompts": ("metadata",)},
+        made=True,
     )
 
 

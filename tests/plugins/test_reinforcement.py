@@ -41,6 +41,7 @@ def after(*words: str) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in seen.trainer.model.named_parameters() if p.requires_grad}
 
 
+SPREAD = "def spread(completions, completion_ids):\n    return [sum(i) % 7 for i in completion_ids]\n"
 SPLIT = {
     "grpo": ("+trainer=grpo", "trainer.num_generations=2", "trainer.loss_type=grpo"),
     "bnpo": ("+trainer=grpo", "trainer.num_generations=2", "trainer.loss_type=bnpo"),
@@ -55,7 +56,7 @@ SLOW = ("gspo", "dr_grpo", "rloo")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SPLIT])
 def test_any_split_into_micro_batches_makes_the_same_step(in_tmp: Path, name: str) -> None:
     """Completions end at unequal lengths, so that a mean of means would show."""
-    Path("mine.py").write_text("def spread(completions, completion_ids):\n    return [sum(i) % 7 for i in completion_ids]\n")
+    Path("mine.py").write_text(SPREAD)
     words = (*SPLIT[name], "rewards=[mine.py:spread]", "trainer.max_completion_length=24", "trainer.temperature=1.5")
     whole = after(*words, "trainer.micro_batch=4")
     still = after(*words, "trainer.micro_batch=4", "trainer.learning_rate=1e-9")
@@ -188,14 +189,15 @@ def test_online_dpo_s_log_probabilities(tmp_path: Path) -> None:
 
 def test_online_dpo_steps_do_not_depend_on_the_split(in_tmp: Path) -> None:
     """Greedy enough that each prompt's completions are the same in any batch."""
-    Path("mine.py").write_text("def spread(completions, completion_ids):\n    return [sum(i) % 7 for i in completion_ids]\n")
+    Path("mine.py").write_text(SPREAD)
 
     class Fixed:
         """Completions that depend on the prompt and on which of the two it is."""
 
         def generate(self, prompt_ids: Any, sampling: Any) -> ftcore.Completions:
             half = len(prompt_ids) // 2
-            ids = [[(sum(p) + 31 * (n >= half) + k) % 256 for k in range(1 + sum(p) % 5)] for n, p in enumerate(prompt_ids)]
+            sums = [(sum(p), 31 * (n >= half)) for n, p in enumerate(prompt_ids)]
+            ids = [[(total + other + k) % 256 for k in range(1 + total % 5)] for total, other in sums]
             return ftcore.Completions(ids=ids)
 
         def begin_rollout(self) -> None: ...
@@ -316,7 +318,8 @@ def test_a_task_that_can_be_learnt_is_learnt(in_tmp: Path, name: str) -> None:
         "online_dpo": ["trainer.learning_rate=0.01", "trainer.max_steps=40"],
     }
     result = ftcore.run([*words, *own[name]])
-    rewards = [json.loads(line).get("reward") for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = (result.output_dir / "metrics.jsonl").read_text().splitlines()
+    rewards = [json.loads(line).get("reward") for line in lines]
     rewards = [reward for reward in rewards if reward is not None]
     first, last = (sum(part) / 5 for part in (rewards[:5], rewards[-5:]))
     assert first < 0.4

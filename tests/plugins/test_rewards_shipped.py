@@ -46,7 +46,8 @@ def test_regex() -> None:
 
 
 def test_json_schema(in_tmp: Path) -> None:
-    Path("s.json").write_text(json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}))
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    Path("s.json").write_text(json.dumps(schema))
     texts = ['{"n": 3}', '{"n": "3"}', "[1]", "{n: 3}", "", "[" * 100_000]
     words = ("reward.json_schema.schema=s.json",)
     assert values("json_schema", texts, *words) == [1, 0, 0, 0, 0, 0]
@@ -55,7 +56,8 @@ def test_json_schema(in_tmp: Path) -> None:
 
 def test_reasoning_gym() -> None:
     rows: dict[str, Any] = {"question": "6 + 2 =", "answer": "8", "metadata": "{'source_dataset': 'chain_sum'}"}
-    assert values("reasoning_gym", ["8", " 8\n", "9", "It is 8", ""], **rows) == [1, 1, 0, pytest.approx(0.14, abs=0.2), 0]
+    found = values("reasoning_gym", ["8", " 8\n", "9", "It is 8", ""], **rows)
+    assert found == [1, 1, 0, pytest.approx(0.14, abs=0.2), 0]
     tagged = ["<answer>8</answer>", "<answer>1</answer> no: <answer> 8 </answer>", "8"]
     assert values("reasoning_gym", tagged, "reward.reasoning_gym.tag=answer", **rows) == [1, 1, 0]
 
@@ -100,7 +102,8 @@ ANSWERS = [
 
 def test_reward_command(in_tmp: Path, capsys) -> None:
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, ANSWERS)))
-    Path("mine.py").write_text("def words(completions):\n    return [len(c[0]['content'].split()) for c in completions]\n")
+    own = "def words(completions):\n    return [len(c[0]['content'].split()) for c in completions]\n"
+    Path("mine.py").write_text(own)
     words = ["reward", "+reward=[math]", "reward.math.weight=2", "rewards=[mine.py:words]", "data.path=rows.jsonl"]
     assert ftcore_command(words) == 0
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
