@@ -12,6 +12,7 @@ TASKS = {
     "plan": "show what would run, without reading a weight",
     "preview": "show rows as the model sees them, trained tokens marked",
     "chat": "talk to a trained model: ftcore chat run=RUN",
+    "eval": "measure held-out rows before and after training: ftcore eval run=RUN",
     "reward": "show what rewards say to completions in a file, without a model",
     "export": "export a trained run: ftcore export run=RUN +export=[safetensors]",
     "plugins": "list plugins, or describe one: ftcore plugins model/qwen3",

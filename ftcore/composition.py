@@ -212,7 +212,7 @@ def _from_record(path: Path, parsed: Sequence[Override]) -> DictConfig:
     assert isinstance(recorded, DictConfig)
     _fill(config, recorded)
     OmegaConf.set_struct(config, False)
-    for override in parsed:
+    for override in sorted(parsed, key=lambda one: not _is_group(one)):  # as in Hydra, options come before their keys
         key, value = override.key_or_group, override.value()
         if _is_group(override) and key in MANY:
             config[key] = {_plain(str(name)): _option(key, str(name)) for name in _names(value)}

@@ -277,7 +277,7 @@ class RunConfig:
     output_dir: str | None = None
     """Run folder; null makes a new one under `runs/`."""
     run: str | None = None
-    """Run folder whose recorded config is the base: for `ftcore export`, `chat`, `plan` and `preview`."""
+    """Run folder whose recorded config is the base: for `ftcore export`, `chat`, `eval`, `plan` and `preview`."""
     objective: str = "eval_loss"
     """Metric that a sweep minimises or maximises."""
 

@@ -48,6 +48,8 @@ OWNED = frozenset(
 """Arguments that follow from ftcore's own keys, so that `trainer.args` may not set them."""
 OWNED_BY_SFT = OWNED | {"assistant_only_loss", "completion_only_loss", "dataset_kwargs"}
 """With those that say which tokens TRL's SFTTrainer trains, which ftcore's labels say."""
+OF_TOKENS = ("perplexity", "mean_token_accuracy")
+"""What it measures on held-out rows besides the loss."""
 
 
 def shared(plan: Plan, has_eval: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,17 @@ import numpy as np
 
 Array = Any
 """A numpy array."""
+
+
+def perplexity(loss: float) -> float:
+    """exp of the mean negative log-likelihood of a token: among how many equally likely ones the model seems to choose.
+
+    Infinite where it is more than a float holds.
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def accuracy(predicted: Array, true: Array) -> float:

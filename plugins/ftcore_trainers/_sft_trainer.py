@@ -17,6 +17,7 @@ from ftcore_trainers._collator import COUNTS, WithoutMask, causal
 from ftcore_trainers._dtypes import kept_dtypes
 from ftcore_trainers._fused_head import take_over
 from ftcore_trainers._lean_loop import LeanLoop
+from ftcore_trainers._measures import perplexity
 from ftcore_trainers._token_sums import TokenSums
 
 
@@ -33,6 +34,7 @@ class FusedSFTTrainer(LeanLoop, SFTTrainer):
         super().__init__(**kwargs)
         plain = self.args.loss_type == "nll" and self.label_smoother is None and self.compute_loss_func is None
         self._loss_only = take_over(self) and plain
+        self._likelihood = plain
         self._sums = {"train": TokenSums(), "eval": TokenSums()}
         ours = type(self.data_collator) is DataCollatorForLanguageModeling
         if self._loss_only and ours and causal(self.model.config):
@@ -79,7 +81,14 @@ class FusedSFTTrainer(LeanLoop, SFTTrainer):
             self._metrics[mode]["entropy"] = [sums.entropy / tokens]
             self._metrics[mode]["mean_token_accuracy"] = [sums.top1 / tokens]
             self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if self._likelihood and "eval_loss" in logs:
+            logs["eval_perplexity"] = perplexity(logs["eval_loss"] - self._of_router(mode))
         super().log(logs, start_time)
+
+    def _of_router(self, mode: str) -> float:
+        """The part of the loss that is no likelihood: that of a mixture of experts for balance between them."""
+        values = self._metrics[mode].get("aux_loss")
+        return float(self.router_aux_loss_coef * sum(values) / len(values)) if values else 0.0
 
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"

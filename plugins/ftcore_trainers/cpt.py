@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftcore import Plan, Shape, TrainerConfig, TrainerSpec, hookimpl
-from ftcore_trainers._arguments import OWNED_BY_SFT
+from ftcore_trainers._arguments import OF_TOKENS, OWNED_BY_SFT
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -36,6 +36,7 @@ def ftcore_trainer_spec() -> TrainerSpec:
         continues=True,
         args="trl.trainer.sft_config:SFTConfig",
         owned=OWNED_BY_SFT,
+        measures=OF_TOKENS,
     )
 
 
