@@ -66,6 +66,7 @@ def ftcore_trainer_spec(config: Config) -> TrainerSpec:
         reference_model=config.beta > 0,
         args="trl.trainer.grpo_config:GRPOConfig",
         owned=OWNED | OWNED_BY_ROLLOUTS | {"num_generations", "beta", "loss_type", "importance_sampling_level"},
+        measures=("reward",),
     )
 
 

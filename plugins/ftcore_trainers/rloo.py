@@ -52,6 +52,7 @@ def ftcore_trainer_spec(config: Config) -> TrainerSpec:
         reference_model=config.beta > 0,
         args="trl.trainer.rloo_config:RLOOConfig",
         owned=OWNED | OWNED_BY_ROLLOUTS | {"num_generations", "beta"},
+        measures=("reward",),
     )
 
 
