@@ -32,6 +32,7 @@ def run(script: str, *words: str, out: Path) -> subprocess.CompletedProcess[str]
     )
 
 
+@pytest.mark.slow
 def test_every_side_runs_and_the_first_losses_agree(tmp_path: Path) -> None:
     done = run("train_step.py", "0.6b-lora", "--device", "cpu", "--tiny", "--profile", out=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -57,7 +58,7 @@ def test_every_side_runs_and_the_first_losses_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=() if row in ("1b-qwen3-moe", "1b-qwen3-vl") else pytest.mark.slow) for row in MID]
+    "row", [pytest.param(row, marks=() if row == "1b-qwen3-moe" else pytest.mark.slow) for row in MID]
 )
 def test_families_are_measured_on_the_same_parameters(row: str, tmp_path: Path) -> None:
     done = run("train_step.py", row, "--device", "cpu", "--tiny", "--sides", "hf,ftcore", out=tmp_path)
@@ -162,6 +163,7 @@ def test_overlapping_kernels_count_once_as_busy() -> None:
     assert profiling.busy_time([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
 
 
+@pytest.mark.slow
 def test_curves_of_both_sides_start_alike_and_are_drawn(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--tiny", "--steps", "3", "--seeds", "0,1", "--dtype", "float32", "--parallel", "2"]
     done = run("loss_curves.py", *words, out=tmp_path)

@@ -108,6 +108,7 @@ def test_plugins_are_listed_and_described(acme: Environment) -> None:
     assert "0 stores the files as they are" in described
 
 
+@pytest.mark.slow
 def test_its_own_tests_pass(acme: Environment, tmp_path: Path) -> None:
     tests = shutil.copytree(ACME / "tests", tmp_path / "tests")
     done = acme.python("-m", "pytest", "-q", str(tests), cwd=tmp_path)
