@@ -21,6 +21,18 @@ SHAPES = {
         "tie_word_embeddings": True,
         "rope_parameters": _ROPE,
     },
+    "qwen2.5-1.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "rope_parameters": _ROPE,
+    },
     "qwen2.5-7b": {
         "vocab_size": 152064,
         "hidden_size": 3584,

@@ -123,11 +123,11 @@ def mean_logits(
     Without a cap the mean of the products is the product with the mean, which takes no logits at all.
     """
     flat, taken = hidden.reshape(-1, hidden.shape[-1]), []
-    if not softcap:
-        offset = 0.0 if bias is None else bias.float().mean()
-        taken.append((flat[rows].float() @ weight.mean(0, dtype=torch.float32) + offset) * scale)
-    else:
-        for part in torch.split(rows, chunk):
+    mean, offset = weight.mean(0, dtype=torch.float32), 0.0 if bias is None else bias.float().mean()
+    for part in torch.split(rows, chunk):
+        if not softcap:
+            taken.append((flat[part].float() @ mean + offset) * scale)
+        else:
             logits = F.linear(flat[part], weight, bias).float() * scale
             taken.append((logits / softcap).tanh_().mean(1) * softcap)
     means = torch.cat(taken) / temperature

@@ -66,7 +66,7 @@ class Meter:
             "step_ms": 1000 * seconds,
             **({"free_ms": 1000 * (self._free[-1] - self._end) / FREE} if len(self._free) == FREE else {}),
             "steps_ms": [round(1000 * s, 2) for s in self._seconds],
-            "peak_gib": (torch.cuda.max_memory_allocated() + _of_graphs()) / GIB if gpu else 0.0,
+            "peak_gib": (torch.cuda.max_memory_allocated() + of_graphs()) / GIB if gpu else 0.0,
             "reserved_gib": torch.cuda.max_memory_reserved() / GIB if gpu else 0.0,
             "host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
             "first_loss": first_loss,
@@ -74,7 +74,7 @@ class Meter:
         }
 
 
-def _of_graphs() -> int:
+def of_graphs() -> int:
     """Bytes that CUDA graphs hold although no tensor does: the peak of allocated memory leaves them out."""
     import torch
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ def located(work: Work, limit: float) -> dict[str, Any]:
 
 
 class Process:
-    """This script's inner form: it imports its packages, and waits for its work."""
+    """A script's inner form: it imports its packages, and waits for its work."""
 
-    def __init__(self, side: str, device: str, peers: str = "") -> None:
-        command = shlex.join([sys.executable, str(SCRIPT), "--inner", side])
+    def __init__(self, side: str, device: str, peers: str = "", script: Path = SCRIPT) -> None:
+        command = shlex.join([sys.executable, str(script), "--inner", side])
         before = peers if side in PEERS else ""
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  open as long as the process is
         self._process = subprocess.Popen(
@@ -88,14 +89,19 @@ def inner(side: str) -> None:
     """The inner form: one side, or the checkpoint folder, and its result as a line."""
     from stepbench import sides
 
-    if side != "locate":
-        sides.imports(side)
-    print(READY, flush=True)
-    work = Work(**json.loads(sys.stdin.readline()))
-    if side == "locate":
+    def run(text: str) -> dict[str, Any]:
+        work = Work(**json.loads(text))
+        if side != "locate":
+            return sides.run(side, work)
         from stepbench.folder import locate
 
-        result = {"status": "ok", **locate(work)}
-    else:
-        result = sides.run(side, work)
-    print(MARK + json.dumps(result), flush=True)
+        return {"status": "ok", **locate(work)}
+
+    answer(lambda: None if side == "locate" else sides.imports(side), run)
+
+
+def answer(imports: Callable[[], None], run: Callable[[str], dict[str, Any]]) -> None:
+    """What an inner form does: import, say so, wait for the work, and print what was measured."""
+    imports()
+    print(READY, flush=True)
+    print(MARK + json.dumps(run(sys.stdin.readline())), flush=True)

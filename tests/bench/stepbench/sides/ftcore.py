@@ -32,6 +32,18 @@ def prepared(work: Work, scratch: str) -> tuple[Any, Any]:
 
 def overrides(work: Work, scratch: str) -> list[str]:
     """The ftcore command; the trainer's numbers also tell `memory=auto` how much there is to keep."""
+    return [
+        *model_words(work),
+        "+trainer=sft",
+        *trainer_words(work, scratch, work.total + FREE),
+        "trainer.learning_rate=1e-4",
+        f"trainer.logging_steps={FREE}",
+        "+trainer.args.train_sampling_strategy=sequential",
+    ]
+
+
+def model_words(work: Work) -> list[str]:
+    """Weights, adapter, kernels and memory."""
     mode, _, limit = work.memory.partition("@")
     return [
         f"+model={work.family}",
@@ -41,16 +53,18 @@ def overrides(work: Work, scratch: str) -> list[str]:
         f"kernels=[{work.kernels}]",
         f"memory={mode}",
         *([f"memory_limit={limit}"] if limit else []),
-        "+trainer=sft",
-        f"trainer.micro_batch={work.rows}",
-        f"trainer.global_batch={work.rows}",
+    ]
+
+
+def trainer_words(work: Work, scratch: str, steps: int, rows: int = 0) -> list[str]:
+    """A step is one micro-batch of so many rows of the data set, the work's where none are given."""
+    return [
+        f"trainer.micro_batch={rows or work.rows}",
+        f"trainer.global_batch={rows or work.rows}",
         f"trainer.max_length={work.length}",
-        f"trainer.max_steps={work.total + FREE}",
-        f"trainer.logging_steps={FREE}",
+        f"trainer.max_steps={steps}",
         "+trainer.args.logging_first_step=true",
         f"trainer.optimizer={optimizer(work)}",
-        "trainer.learning_rate=1e-4",
-        "+trainer.args.train_sampling_strategy=sequential",
         f"output_dir={scratch}/run",
     ]
 

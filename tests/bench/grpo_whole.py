@@ -1,0 +1,110 @@
+"""Measures whole GRPO steps of ftcore, generation included: Qwen2.5-1.5B's shape on NF4, in a process of their own.
+
+    python tests/bench/grpo_whole.py
+    python tests/bench/grpo_whole.py --memory auto@4.5 --rows 16
+
+Random weights, 8 completions of a prompt of 128 tokens, LoRA r16 on all linear layers. The end token is put outside the
+vocabulary, so that every completion has its 384 new tokens. Peaks are `torch.cuda.max_memory_allocated` from the first
+step on, of generation and of training; the larger one may be 5e9 bytes at most. Seconds are medians after warm-up.
+Results also go to `$OUT/grpo-whole-SHAPE.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rlbench.works import TrainerWork
+from stepbench import processes
+from stepbench.table import machine
+
+TARGET = 5e9
+"""Bytes."""
+TINY = {"shape": "tiny", "rows": 4, "prompt": 96, "new": 16, "warmup": 1, "steps": 2}
+
+
+def main(words: list[str]) -> int:
+    """Each of ftcore's memory settings once."""
+    if words[:1] == ["--inner"]:
+        from rlbench import whole
+
+        whole.inner(words[1])
+        return 0
+    found = arguments(words)
+    work, script = work_of(found), Path(__file__).resolve()
+    made = processes.Process("locate", work.device, script=script).run(work.text(), found.limit)
+    if made.pop("status") != "ok":
+        print(f"no checkpoint folder: {made['detail']}")
+        return 1
+    work = replace(work, **made)
+    what = f"{work.rows} completions of {found.new} tokens of a prompt of {work.prompt}"
+    print(f"{work.shape}, {work.quantizer}, LoRA r{work.rank}, {what}", flush=True)
+    results: dict[str, dict[str, Any]] = {}
+    for memory in found.memory.split(","):
+        job = replace(work, memory=memory)
+        results[memory] = processes.Process("whole", work.device, script=script).run(job.text(), found.limit)
+        print(line(memory, results[memory]), flush=True)
+        keep(words, work, results)
+    print(machine(results))
+    return 0 if all(r["status"] == "ok" for r in results.values()) else 1
+
+
+def line(memory: str, result: dict[str, Any]) -> str:
+    """A result in a line."""
+    if result["status"] != "ok":
+        return f"memory={memory}: failed, {result['detail']}"
+    parts = ", ".join(f"{p} {result[f'{p}_s']:.2f} s, {result[f'{p}_bytes']:,} B" for p in ("generation", "training"))
+    peak = f"{result['peak_bytes']:,} B ({'within' if result['peak_bytes'] <= TARGET else 'OVER'} {TARGET:,.0f})"
+    return f"memory={memory}, {result['dtype']}: {parts}; peak {peak if result['peak_bytes'] else 'not measured'}"
+
+
+def keep(words: list[str], work: TrainerWork, results: dict[str, dict[str, Any]]) -> None:
+    """Write what is known so far into `$OUT`."""
+    if not (out := os.environ.get("OUT")):
+        return
+    Path(out).mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "tests/bench/grpo_whole.py", *words])
+    kept = {"command": command, "work": asdict(work), "target_bytes": TARGET, "results": results}
+    (Path(out) / f"grpo-whole-{work.shape}.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="qwen2")
+    parser.add_argument("--shape", default="qwen2.5-1.5b")
+    parser.add_argument("--quantizer", default="bnb_nf4")
+    parser.add_argument("--memory", default="least,auto@4.5", help="ftcore's, several with commas; auto@4.5: in GiB")
+    parser.add_argument("--generator", default="transformers")
+    parser.add_argument("--rows", type=int, default=8, help="completions of a step's prompt")
+    parser.add_argument("--prompt", type=int, default=128, help="its tokens, the template's included")
+    parser.add_argument("--new", type=int, default=384, help="tokens of every completion")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=280, help="seconds for each setting")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="the family's tiny model and few tokens")
+    parser.add_argument("--folder", default="", help="checkpoint folder; none makes one of random weights")
+    if parser.parse_args(words).tiny:
+        parser.set_defaults(**TINY)
+    return parser.parse_args(words)
+
+
+def work_of(found: argparse.Namespace) -> TrainerWork:
+    """The step."""
+    shared = {name: getattr(found, name) for name in TrainerWork.__dataclass_fields__ if hasattr(found, name)}
+    folder = str(Path(found.folder).resolve()) if found.folder else ""
+    fixed = {"trainer": "grpo", "recompute": True, "optimizer": "adamw", "length": found.prompt + found.new}
+    return TrainerWork(**{**shared, **fixed, "folder": folder, "memory": ""})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Parts of the benches of trainers that learn from preferences or rewards."""

@@ -1,0 +1,145 @@
+"""The benches of preferences and rewards, run for real on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import preference_step
+import pytest
+from rlbench import learning, options, rows, table
+from test_benches import run
+
+from ftcore.bytes_tokenizer import byte_tokenizer
+
+TINY = ("--device", "cpu", "--tiny")
+
+
+@pytest.mark.parametrize("trainer", ["grpo", *(pytest.param(t, marks=pytest.mark.slow) for t in ("dpo", "kto"))])
+def test_both_sides_take_the_same_first_step(trainer: str, tmp_path: Path) -> None:
+    words = [*TINY, "--trainers", trainer, "--memory", "least", "--ahead", *(["--profile"] if trainer == "dpo" else [])]
+    done = run("preference_step.py", *words, out=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "first losses agree within 0.5 % or 0.001" in done.stdout
+    assert "norms of the first gradients agree within 5 %" in done.stdout
+    kept = json.loads((tmp_path / "preference-tiny-320.json").read_text(encoding="utf-8"))
+    trl, ours = (kept["results"][trainer][label] for label in ("trl", "ftcore least"))
+    assert trl["trained"] == ours["trained"] > 0
+    assert trl["adapter_at_start"] == ours["adapter_at_start"]
+    assert trl["first_gradient"] == pytest.approx(ours["first_gradient"], rel=1e-3)
+    assert trl["first_gradient"] > 0
+    assert ours["claims"]
+    assert kept["command"].endswith(" ".join(words))
+    assert (tmp_path / "profile-dpo.txt").is_file() == (trainer == "dpo")
+
+
+def test_a_whole_step_on_nf4_writes_every_token(tmp_path: Path) -> None:
+    done = run("grpo_whole.py", *TINY, "--memory", "least", out=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "memory=least, float32: generation " in done.stdout
+    result = json.loads((tmp_path / "grpo-whole-tiny.json").read_text(encoding="utf-8"))["results"]["least"]
+    assert {part: len(seconds) for part, seconds in result["seconds"].items()} == {"generation": 3, "training": 3}
+    assert min(result["generation_s"], result["training_s"]) > 0
+    assert "+quantizer=bnb_nf4" in result["ftcore"]
+
+
+@pytest.mark.parametrize("trainer", ["grpo", pytest.param("ppo", marks=pytest.mark.slow)])
+def test_rewards_of_every_seed_are_read(trainer: str, tmp_path: Path) -> None:
+    words = [trainer, *TINY, "--steps", "2", "--seeds", "0", "--size", "8", "--new", "2", "--", "data.size=50"]
+    done = run("rl_curves.py", *words, out=tmp_path)
+    assert done.returncode == 1
+    assert "seed 0: 0." in done.stdout, done.stdout + done.stderr
+    assert "verdict: NOT at least 0.2 more reward in each of 1 seeds" in done.stdout
+    (file,) = tmp_path.glob(f"rl-{trainer}-*.json")
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    assert set(kept["runs"]["0"]["rewards"]) == ({"1", "2"} if trainer == "grpo" else {"1"})
+    assert kept["ftcore"][-1] == "data.size=50"
+    assert sum(word.startswith("data.size=") for word in kept["ftcore"]) == 1
+
+
+def work(trainer: str, **changes: Any) -> Any:
+    found = options.arguments([*TINY, *(f"--{name}={value}" for name, value in changes.items())], None)
+    return options.work(found, trainer)
+
+
+def test_rows_are_exactly_so_long() -> None:
+    tokenizer = byte_tokenizer()
+
+    def tokens(messages: list[dict[str, str]], generate: bool = False) -> list[int]:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        return list(tokenizer(text)["input_ids"])
+
+    for trainer, answers in (("dpo", ("chosen", "rejected")), ("kto", ("completion",)), ("grpo", ())):
+        job = work(trainer)
+        found = list(rows.dataset(job, tokenizer))
+        assert len(found) == job.total * (1 if trainer == "grpo" else job.batch)
+        assert {len(tokens(row["prompt"], generate=True)) for row in found} == {256}
+        assert {len(tokens(row["prompt"] + row[answer])) for row in found for answer in answers} == (
+            {320} if answers else set()
+        )
+        assert len({row["prompt"][0]["content"] for row in found}) == len(found)
+    prompt = tokens(found[0]["prompt"], generate=True)
+    given = rows.completions(job, tokenizer, [prompt] * 4)
+    assert given == rows.completions(job, tokenizer, [prompt] * 4)
+    assert [len(ids) for ids in given] == [64] * 4
+    assert len({tuple(ids) for ids in given}) == 4
+    assert rows.by_place(given) == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    with pytest.raises(SystemExit, match=r"leaves -16 tokens for a prompt and 315 for an answer: raise --prompt"):
+        rows.dataset(replace(job, prompt=3), tokenizer)
+
+
+def test_pairs_are_two_rows_and_memory_may_be_a_part_of_trls() -> None:
+    assert work("dpo").batch == 2
+    assert work("dpo", pairs=3).batch == 3
+    assert work("kto", pairs=3).batch == 4
+    trl = {"status": "ok", "base_gib": 2.0, "above_gib": 10.0}
+    assert preference_step.within("auto@0.6x", trl) == "auto@8.000"
+    assert preference_step.within("auto@0.6x", None) == "auto"
+    assert preference_step.within("auto@20", None) == "auto@20"
+    with pytest.raises(SystemExit):
+        options.arguments(["--trainers", "dpo,sft"], None)
+    with pytest.raises(SystemExit):
+        options.arguments(["--rows", "3"], None)
+
+
+def result(loss: float, gradient: float = 1.0, speed: float = 1.0, above: float = 1.0) -> dict[str, Any]:
+    numbers = dict.fromkeys(("step_ms", "base_gib", "peak_gib", "reserved_gib"), 1.0)
+    measured = {"tokens_per_second": speed, "above_gib": above, "first_loss": loss, "first_gradient": gradient}
+    return {"status": "ok", "trained": 5, "adapter_at_start": "a", **numbers, **measured}
+
+
+def test_the_table_holds_ftcore_to_the_targets() -> None:
+    results = {"trl": result(0.6931), "ftcore least": result(0.6935, 1.01, speed=1.5, above=0.5)}
+    assert table.good(results)
+    assert table.verdicts(results)[-1] == (
+        "ftcore least: speed 1.50 times TRL's (reaches 1.3), memory above the weights 0.50 of TRL's (within 0.6)"
+    )
+    assert table.rows(results).splitlines()[2].split()[:4] == ["ftcore", "least", "2", "1.50"]
+    results["ftcore auto"] = {"status": "failed", "detail": ""}
+    assert not table.good(results)
+    assert table.rows(results).splitlines()[3].split() == ["ftcore", "auto", "failed"]
+
+
+@pytest.mark.parametrize(("loss", "gradient", "said"), [(0.7, 1, "FIRST LOSSES"), (0.6931, 1.2, "FIRST GRADIENTS")])
+def test_other_work_is_said(loss: float, gradient: float, said: str) -> None:
+    results = {"trl": result(0.6931), "ftcore least": result(loss, gradient)}
+    assert not table.good(results)
+    assert any(line.startswith(said) for line in table.verdicts(results))
+    results["ftcore least"]["adapter_at_start"] = "b"
+    assert "adapters begin as other numbers: first gradients are not compared" in table.verdicts(results)
+
+
+def test_losses_near_0_agree_by_a_thousandth() -> None:
+    assert table.agree({"trl": result(0.0), "ftcore least": result(-9e-4)})
+    assert not table.agree({"trl": result(0.0), "ftcore least": result(2e-3)})
+    assert not table.agree({"trl": result(float("nan")), "ftcore least": result(0.0)})
+
+
+def test_the_ends_of_a_run_are_compared() -> None:
+    found = {step: 0.1 if step <= 20 else 0.5 if step > 80 else 9.0 for step in range(1, 101, 2)}
+    assert learning.ends(found, 100) == pytest.approx((0.1, 0.5))
+    assert learning.verdict({"0": 0.4, "1": 0.2}) == "verdict: at least 0.2 more reward in each of 2 seeds"
+    assert learning.verdict({"0": 0.4, "1": float("nan")}).startswith("verdict: NOT ")
+    assert learning.verdict({}) == "verdict: NO RUN"
