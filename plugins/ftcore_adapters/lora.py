@@ -15,6 +15,7 @@ from ftcore.errors import Exit
 from ftcore.parameter_groups import embeddings_frozen
 from ftcore.parts import PARTS, parts_pattern
 from ftcore.vocabulary import trained_rows
+from ftcore_adapters import _loftq
 from ftcore_adapters._heads import TASKS, inside, new_modules
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Init(Enum):
     gaussian = "gaussian"
     pissa = "pissa"
     olora = "olora"
+    loftq = "loftq"
 
 
 @dataclass
@@ -62,7 +64,8 @@ class Config(AdapterConfig):
     variant: Variant = Variant.lora
     """`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353)."""
     init: Init = Init.default
-    """`default` (B = 0), `gaussian`, `pissa` (arXiv 2404.02948) or `olora`."""
+    """`default` (B = 0), `gaussian`, `pissa` (arXiv 2404.02948), `olora` (arXiv 2406.01775), or, over 4-bit weights,
+    `loftq` (arXiv 2310.08659)."""
     path: str | None = None
     """Folder of a saved adapter to go on training."""
     modules_to_save: list[str] = field(default_factory=list)
@@ -76,13 +79,15 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
     found = []
     if config.r < 1:
         found.append(Problem("adapter.r", f"is {config.r}", "give a rank of at least 1; 16 is usual"))
+    if config.alpha <= 0:
+        found.append(Problem("adapter.alpha", f"is {config.alpha:g}", "give a number above 0; twice the rank is usual"))
     if not 0 <= config.dropout < 1:
         found.append(Problem("adapter.dropout", f"is {config.dropout}", "give a number from 0 to below 1"))
     if config.path and not (Path(config.path) / "adapter_config.json").is_file():
         message = f"{config.path} holds no adapter_config.json"
         found.append(Problem("adapter.path", message, "give the folder of a saved adapter", Exit.MISSING_INPUT))
     elif config.path:
-        found += _differences(config, Path(config.path) / "adapter_config.json")
+        found += _differences(config, Path(config.path) / "adapter_config.json", recorded=plan.run.run is not None)
     known = plan.family.lora_targets + plan.family.lora_parameters
     if strange := [t for t in config.targets if t not in known]:
         found.append(
@@ -103,9 +108,11 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
             Problem(
                 "adapter.init",
                 f"`{config.init.value}` needs 16-bit weights",
-                "use adapter.init=default with a quantizer",
+                "use adapter.init=default with a quantizer, or adapter.init=loftq over 4-bit weights",
             )
         )
+    if config.init is Init.loftq and not config.path:
+        found += _loftq.problems(plan)
     return found
 
 
@@ -153,7 +160,7 @@ def _on_parameters(config: Config, parameters: list[str]) -> Iterator[Problem]:
     for key, asked in (
         ("dropout", bool(config.dropout)),
         ("variant", config.variant is Variant.dora),
-        ("init", config.init in (Init.pissa, Init.olora)),
+        ("init", config.init in (Init.pissa, Init.olora, Init.loftq)),
     ):
         if parameters and asked:
             value = getattr(config, key)
@@ -161,8 +168,12 @@ def _on_parameters(config: Config, parameters: list[str]) -> Iterator[Problem]:
             yield Problem(f"adapter.{key}", message, fix)
 
 
-def _differences(config: Config, file: Path) -> Iterator[Problem]:
-    """Settings that were asked for, but that the saved adapter has otherwise: loading it takes its own."""
+def _differences(config: Config, file: Path, recorded: bool) -> Iterator[Problem]:
+    """Settings that were asked for, but that the saved adapter has otherwise: loading it takes its own.
+
+    :param recorded: The settings are those of the run that saved it. How A and B started is theirs, too, but not all of
+        it is in what was saved: after LoftQ it is a plain adapter.
+    """
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
@@ -176,11 +187,18 @@ def _differences(config: Config, file: Path) -> Iterator[Problem]:
         ("r", config.r, Config.r, saved.get("r")),
         ("alpha", config.alpha, Config.alpha, saved.get("lora_alpha")),
         ("variant", config.variant.value, Config.variant.value, variant),
+        ("init", Init.default.value if recorded else config.init.value, Config.init.value, _start(saved)),
     ):
         if kept is not None and asked not in (usual, kept):
             message = f"is {asked}, but the adapter saved in {file.parent} has {kept}"
             what = {"r": "rank"}.get(key, key)
             yield Problem(f"adapter.{key}", message, f"a saved adapter keeps its {what}: leave adapter.{key} out")
+
+
+def _start(saved: dict[str, Any]) -> str:
+    """How a saved adapter began."""
+    kind = saved.get("init_lora_weights", True)
+    return kind if isinstance(kind, str) else Init.default.value
 
 
 @hookimpl
@@ -195,7 +213,8 @@ def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
     set_seed(plan.run.trainer.seed if plan.run.trainer else 0)
     parameters = _parameters(plan)
     rows = trained_rows(plan, model, [name.rpartition(".")[2] for name in config.modules_to_save])
-    init: Any = True if config.init is Init.default else config.init.value
+    # LoftQ's start is set below: the saved adapter is a plain one, for PEFT would begin it again when it is loaded.
+    init: Any = True if config.init in (Init.default, Init.loftq) else config.init.value
     task = TASKS.get(plan.family.auto_class, "CAUSAL_LM")
     new = new_modules(model, task)
     whole = [*config.modules_to_save, *(new if task == "SEQ_CLS" else ())]
@@ -219,4 +238,6 @@ def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
     for name, weight in adapted.named_parameters():
         if ".trainable_tokens_delta." in name:
             weight.data = weight.data.float()
+    if config.init is Init.loftq:
+        _loftq.start(adapted, plan)
     return adapted

@@ -8,6 +8,8 @@ from typing import Any
 from ftcore import Plan, QuantizerConfig, hookimpl
 
 REQUIRES = ("bitsandbytes>=0.46",)
+FOUR_BIT = True
+"""The layers are bitsandbytes' `Linear4bit`, which is what `adapter.init=loftq` asks for."""
 
 
 @dataclass

@@ -21,3 +21,13 @@ class TestDora(AdapterContract):
 class TestRankStabilizedLora(AdapterContract):
     plugin = "adapter/lora"
     settings = ("adapter.variant=rslora",)
+
+
+class TestPissa(AdapterContract):
+    plugin = "adapter/lora"
+    settings = ("adapter.init=pissa",)
+
+
+class TestOlora(AdapterContract):
+    plugin = "adapter/lora"
+    settings = ("adapter.init=olora",)

@@ -1,0 +1,85 @@
+"""Forms of LoRA and its starts: each is PEFT's own, in the model's numbers and in the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ftcore import checkpoint
+from ftcore.testing import maths, runs
+
+FORMS = {
+    "rslora": ({"use_rslora": True}, "adapter.variant=rslora"),
+    "dora": ({"use_dora": True}, "adapter.variant=dora"),
+    "pissa": ({"init_lora_weights": "pissa"}, "adapter.init=pissa"),
+    "olora": ({"init_lora_weights": "olora"}, "adapter.init=olora"),
+    "gaussian": ({"init_lora_weights": "gaussian"}, "adapter.init=gaussian"),
+    "pissa with rslora": (
+        {"init_lora_weights": "pissa", "use_rslora": True},
+        "adapter.init=pissa adapter.variant=rslora",
+    ),
+}
+TOLERANCE = 2e-5
+"""Relative, in float32: the same sums in another order."""
+
+
+def tiny(family: str, *words: str) -> list[str]:
+    return [f"+model={family}", "model.tiny=true", "model.dtype=float32", *words]
+
+
+def by_peft(family: str, **settings: Any) -> Any:
+    """PEFT's own model around the same checkpoint, from the same seed."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, set_seed
+
+    _, plan = runs.prepared(tiny(family))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.locate(plan.run.model, plan.family), dtype=torch.float32)
+    set_seed(0)
+    targets = list(plan.family.lora_targets)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **settings))
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel_set"),
+    [
+        ("llama", "reference"),
+        ("qwen3", "reference"),
+        ("llama", "triton"),
+        pytest.param("qwen3", "triton", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_loss_and_gradients_are_those_of_peft(form: str, family: str, kernel_set: str) -> None:
+    maths.needs_triton(kernel_set)
+    settings, words = FORMS[form]
+    theirs = by_peft(family, r=4, lora_alpha=12, **settings)
+    words = [*words.split(), "adapter.r=4", "adapter.alpha=12"]
+    ours = runs.loaded(tiny(family, *words, f"kernels=[{kernel_set}]"))
+    weights, own = theirs.state_dict(), ours.model.state_dict()
+    assert weights.keys() == own.keys()
+    assert [name for name in weights if not torch.equal(weights[name], own[name])] == []
+
+    claimed = {claim.role for claim in ours.patches.claims}
+    if form == "dora":
+        reason = f"{kernel_set}.decoder_layer has no DoRA"
+        assert reason in [skip.reason for skip in ours.patches.skipped if skip.role == "decoder_layer"]
+        assert {"rms_norm", "attention"} <= claimed
+    else:
+        assert "decoder_layer" in claimed
+    for model in (theirs, ours.model):
+        runs.shake(model, trainable_only=True)  # A has no gradient while B is 0
+    batch = runs.batch_for(theirs)
+    assert maths.apart(runs.logits_of(ours.model, batch), runs.logits_of(theirs, batch)) <= TOLERANCE
+    ours_step, theirs_step = maths.loss_and_gradients(ours.model, batch), maths.loss_and_gradients(theirs, batch)
+    maths.assert_same_step(ours_step, theirs_step, TOLERANCE)
+
+
+@pytest.mark.parametrize("alpha", ["0", "-1"])
+def test_a_scale_that_is_not_above_0_is_refused(alpha: str) -> None:
+    (problem,) = runs.refusals(tiny("llama", f"adapter.alpha={alpha}", "adapter.init=pissa"))
+    assert problem.lines() == [
+        f"adapter.alpha: is {alpha}",
+        "    fix: give a number above 0; twice the rank is usual",
+    ]
