@@ -36,14 +36,15 @@ class TrackedRun(Protocol):
 
 
 class Tracker(TrainerCallback):
-    """Forwards metrics. Any error of the tracker is said once, and the tracker is left alone from then on."""
+    """Forwards metrics. Any error of the tracker is said once, and the tracker is left alone from then on.
+
+    The run is opened by the first log and closed by `close`, not where training begins and ends: held-out rows are
+    measured before the first step and after the last, and both are logged.
+    """
 
     def __init__(self, run: TrackedRun) -> None:
         self._run: TrackedRun | None = run
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Open the tracked run."""
-        self._try("start", {name: getattr(args, name) for name in SETTINGS})
+        self._open = False
 
     def on_log(
         self,
@@ -54,12 +55,19 @@ class Tracker(TrainerCallback):
         **_: Any,
     ) -> None:
         """Send the numbers of a log."""
+        if not state.is_world_process_zero:
+            return
+        if not self._open:
+            self._open = True
+            self._try("start", {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)})
         values = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, (int, float))}
         self._try("log", values, state.global_step)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Close the tracked run."""
-        self._try("finish")
+    def close(self) -> None:
+        """Close the run, if one was opened."""
+        if self._open:
+            self._try("finish")
+        self._run = None
 
     def _try(self, method: str, *values: Any) -> None:
         if self._run is None:
@@ -69,3 +77,10 @@ class Tracker(TrainerCallback):
         except Exception as error:  # a tracker must never stop training, whatever it raises
             note(f"tracker switched off: {type(error).__name__}: {error}; metrics.jsonl goes on")
             self._run = None
+
+
+def close(trainer: Any) -> None:
+    """Close the trackers of a trainer."""
+    for callback in getattr(getattr(trainer, "callback_handler", None), "callbacks", ()):
+        if isinstance(callback, Tracker):
+            callback.close()

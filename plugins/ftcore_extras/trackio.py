@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftcore import ExtraConfig, Plan, hookimpl
+from ftcore_extras._closing import ftcore_evaluate as ftcore_evaluate
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
