@@ -55,7 +55,7 @@ class _Run:
             project=self._config.project,
             entity=self._config.entity,
             name=self._folder.name,
-            dir=str(self._folder),
+            dir=str(self._folder.absolute()),  # wandb's process keeps the working directory that it began in
             mode=self._config.mode.value,
             config=settings,
             reinit="finish_previous",  # of a run of the same sweep that failed
