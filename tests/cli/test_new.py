@@ -45,6 +45,7 @@ def outcomes(written: Path, environment: Environment) -> dict[str, Counter[str]]
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_own_tests_pass(kind: str, outcomes: dict[str, Counter[str]]) -> None:
     assert set(outcomes[kind]) == {"PASSED"}

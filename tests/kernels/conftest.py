@@ -17,6 +17,9 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
+SLOW_ON_CPU = [pytest.mark.slow] if DEVICE.type == "cpu" else []
+"""For what the interpreter repeats in another dtype."""
+
 # (forward, gradient) ceilings of the relative error in norm.
 CEILINGS = {torch.float32: (1e-5, 1e-5), torch.float16: (4e-3, 1e-2), torch.bfloat16: (4e-3, 1e-2)}
 
@@ -36,7 +39,7 @@ def device() -> torch.device:
     ids=["fp32", "fp16", "bf16"],
     params=[
         torch.float32,
-        torch.float16,
+        pytest.param(torch.float16, marks=SLOW_ON_CPU),
         pytest.param(
             torch.bfloat16,
             marks=[

@@ -126,7 +126,7 @@ SHARED = {75: 64, 80: 163, 86: 99, 90: 227}
     ("arch", "dtype"),
     [
         (75, "float16"),
-        (90, "bfloat16"),
+        pytest.param(90, "bfloat16", marks=pytest.mark.slow),
         pytest.param(80, "bfloat16", marks=pytest.mark.slow),
         pytest.param(86, "bfloat16", marks=pytest.mark.slow),
         pytest.param(

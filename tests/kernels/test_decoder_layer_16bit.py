@@ -28,7 +28,7 @@ WAYS = [pytest.param(("reference", True), id="reference"), *TRITON]
 NO_BF16 = DEVICE.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
 DTYPES = [
     pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.skipif(NO_BF16, reason="before sm_80 there is no bf16")),
-    pytest.param(torch.float16, id="fp16"),
+    pytest.param(torch.float16, id="fp16", marks=[] if torch.cuda.is_available() else pytest.mark.slow),
 ]
 HEAD_DIMS = {
     "llama": 64,

@@ -129,7 +129,7 @@ def test_layers_keep_loss_and_gradients(family: str, adapter: str) -> None:
 
 
 @pytest.mark.usefixtures("no_way_out")
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_in_triton_keep_loss_and_gradients(family: str, adapter: str) -> None:
     model, plain = pair(*tiny(family), *ADAPTERS[adapter], kernel_set="triton")
@@ -145,7 +145,7 @@ def test_layers_read_nf4_weights(family: str) -> None:
         assert_same(model, plain, batch(padded))
 
 
-@pytest.mark.parametrize("kernel_set", ["reference", "triton"])
+@pytest.mark.parametrize("kernel_set", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_single_ops_take_the_roles_that_they_compute(family: str, kernel_set: str) -> None:
     """Where the whole layer is not the manual one, its parts are patched as far as an op is exact."""

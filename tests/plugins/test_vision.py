@@ -136,7 +136,9 @@ def test_a_template_without_places_is_refused() -> None:
         ImageRowTokenizer(tokenizer, plan.family.vision, 1000)(runs.row_with_images(SIZES[0]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f in ("qwen2_5_vl", "mllama") else pytest.mark.slow) for f in FAMILIES]
+)
 def test_a_run_on_rows_with_paths_learns_and_its_exports_load(family: str, tmp_path: Path) -> None:
     """Three steps, a lower loss, and the merged model and the adapter say what the trained model says of an image."""
     file = write(tmp_path, *GOOD)
