@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ftcore_kernels.layers.decoder.attention.kernels import Tensors
-from ftcore_kernels.reference import varlen_attention
+from ftcore_kernels.layers.decoder.attention import varlen as twin
 
 
 class Branches(NamedTuple):
@@ -150,7 +150,7 @@ class PlainVarlen:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor, Tensors]:
         """As the protocol."""
-        return *varlen_attention.forward(q, k, v, spans.q_offsets, spans.k_offsets, scale, spans.causal), ()
+        return *twin.forward(q, k, v, spans.q_offsets, spans.k_offsets, scale, spans.causal), ()
 
     def backward(
         self, dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
@@ -158,7 +158,7 @@ class PlainVarlen:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         """As the protocol."""
         offsets = spans.q_offsets, spans.k_offsets
-        return varlen_attention.backward(dout, q, k, v, out, lse, *offsets, scale, spans.causal)
+        return twin.backward(dout, q, k, v, out, lse, *offsets, scale, spans.causal)
 
 
 class Branched:
