@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ftcore_kernels.layers.decoder.attention.kernels import Tensors
 from ftcore_kernels.layers.decoder.attention import varlen as twin
+from ftcore_kernels.layers.decoder.attention.kernels import Tensors
 
 
 class Branches(NamedTuple):
