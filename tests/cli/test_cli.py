@@ -52,6 +52,7 @@ def test_help_imports_nothing_heavy(in_tmp: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_first_answers_are_quick(in_tmp: Path) -> None:
     """The best of five: another program's load says nothing about ftcore. A busy machine is not measured at all."""
     if os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1):
