@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         Artifact,
         Bundle,
         Chat,
-        Checkpoint,
         Completions,
         DataFormat,
         Kernel,
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
         TrainerSpec,
         Vision,
     )
+    from ftcore.trained_model import Checkpoint
 
 _HOMES = {
     "ftcore.api": ("export", "load", "run"),
@@ -68,7 +68,6 @@ _HOMES = {
         "Artifact",
         "Bundle",
         "Chat",
-        "Checkpoint",
         "Completions",
         "DataFormat",
         "Kernel",
@@ -84,6 +83,7 @@ _HOMES = {
         "TrainerSpec",
         "Vision",
     ),
+    "ftcore.trained_model": ("Checkpoint",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

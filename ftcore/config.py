@@ -178,6 +178,14 @@ class ExportConfig(PluginConfig):
 
 
 @dataclass
+class ReadBackConfig(ExportConfig):
+    """Base of those export targets whose artifact is loaded in its consumer once it is written."""
+
+    verify: bool = True
+    """Load the artifact in its consumer, where that is installed, and compare it with the trained model."""
+
+
+@dataclass
 class ExtraConfig(PluginConfig):
     """Base of all extras: callbacks, trackers, observers."""
 
@@ -276,6 +284,8 @@ class RunConfig:
     """Checkpoint folder of a run to go on from, or `last` for the newest one in `output_dir`."""
     output_dir: str | None = None
     """Run folder; null makes a new one under `runs/`."""
+    gguf: str | None = None
+    """GGUF file that `ftcore chat` talks with, through llama.cpp."""
     run: str | None = None
     """Run folder whose recorded config is the base: for `ftcore export`, `chat`, `eval`, `plan` and `preview`."""
     objective: str = "eval_loss"

@@ -24,7 +24,6 @@ from ftcore.device import Device
 from ftcore.errors import Problem
 from ftcore.specs import (
     Artifact,
-    Checkpoint,
     DataFormat,
     Generator,
     Kernel,
@@ -36,6 +35,7 @@ from ftcore.specs import (
     TrainerSpec,
     TrainReport,
 )
+from ftcore.trained_model import Checkpoint
 
 if TYPE_CHECKING:
     import torch

@@ -39,6 +39,18 @@ def whole_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A path to write to that becomes `target` when the block ends well, and vanishes when it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield work / target.name
+        (work / target.name).replace(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def _dispose(old: Path, target: Path) -> None:
     """Delete a replaced folder, unless it holds files that the new one does not: somebody else's are kept beside it."""
     ours = {f.relative_to(target) for f in target.rglob("*")}

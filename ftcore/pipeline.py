@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -15,7 +16,8 @@ from ftcore.device import Device
 from ftcore.errors import Problem, Refused, refuse
 from ftcore.manager import Hooks
 from ftcore.rewards import counted, guarded
-from ftcore.specs import Answer, Artifact, Checkpoint, Loaded, PatchReport, Phase, Plan, RunResult
+from ftcore.specs import Answer, Artifact, Loaded, PatchReport, Phase, Plan, RunResult
+from ftcore.trained_model import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -126,9 +128,23 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
 
 def export(hooks: Hooks, loaded: Loaded) -> list[Artifact]:
     """Run the selected exporters on a model."""
-    checkpoint = Checkpoint(model=loaded.model, tokenizer=loaded.tokenizer, plan=loaded.plan)
+    return _exported(hooks, Checkpoint(model=loaded.model, tokenizer=loaded.tokenizer, plan=loaded.plan))
+
+
+def export_stored(hooks: Hooks, plan: Plan) -> list[Artifact]:
+    """Run the selected exporters on what a run left on disk; the model is loaded only for those that need it."""
+    tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
+    load_model = functools.partial(_loaded_model, hooks, plan, tokenizer)
+    return _exported(hooks, Checkpoint(load=load_model, tokenizer=tokenizer, plan=plan))
+
+
+def _loaded_model(hooks: Hooks, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
+    return load(hooks, plan, tokenizer).model
+
+
+def _exported(hooks: Hooks, checkpoint: Checkpoint) -> list[Artifact]:
     try:
-        return hooks.collect(h.ftcore_export, plan=loaded.plan, checkpoint=checkpoint)
+        return hooks.collect(h.ftcore_export, plan=checkpoint.plan, checkpoint=checkpoint)
     finally:
         checkpoint.discard()
 

@@ -15,12 +15,12 @@ from types import TracebackType
 from typing import Any
 
 from ftcore import report
+from ftcore.artifacts import RUN_FILE, listed, show_artifacts, write_state
 from ftcore.composition import record
 from ftcore.config import RunConfig
 from ftcore.paths import claim_run_dir, whole_folder
 from ftcore.specs import Loaded, PatchReport, Plan, RunResult, TrainReport
 
-RUN_FILE = "run.json"
 TRAINED = "trained"
 """Folder with the adapter, or the full model, that a run trained."""
 VERSIONS = ("ftcore", "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "triton")
@@ -115,7 +115,7 @@ class RunFolder:
             "steps": trained.steps,
             "metrics": {name: _finite(value) for name, value in result.metrics.items()},
             "timings": dict(result.timings),
-            "artifacts": [{**asdict(a), "path": str(a.path)} for a in result.artifacts],
+            "artifacts": [listed(a) for a in result.artifacts],
             "answers": [asdict(answer) for answer in result.answers],
         }
         self._write()
@@ -125,10 +125,7 @@ class RunFolder:
         show_result(result, spec.measures if spec else (), talks=talks)
 
     def _write(self) -> None:
-        file = self._path / RUN_FILE
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self._state, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        write_state(self._path / RUN_FILE, self._state)
 
 
 def show_result(result: RunResult, measures: Sequence[str] = (), talks: bool = True) -> None:
@@ -148,11 +145,9 @@ def show_result(result: RunResult, measures: Sequence[str] = (), talks: bool = T
         report.paragraph(answer.before)
         report.note("  after:")
         report.paragraph(answer.after)
-    report.heading("Written")
     trained = result.output_dir / TRAINED
-    rows = [(a.target, a.path, report.size(a.size), a.note) for a in result.artifacts]
     hint = f"talk to it: ftcore chat run={result.output_dir}" if talks else ""
-    report.table([("trained", trained, "", hint), *rows])
+    show_artifacts(result.artifacts, [("trained", trained, "", hint)])
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:

@@ -13,7 +13,9 @@ from ftcore.device import Device
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from ftcore.gguf_facts import Gguf
 
 T = TypeVar("T", bound=PluginConfig)
 
@@ -243,6 +245,8 @@ class ModelFamily:
     the tokenizer, it returns what makes training rows of a row, as `ftcore.tokens.RowTokenizer` does."""
     frozen: tuple[str, ...] = ()
     """Paths of modules that are never trained, such as a codec."""
+    gguf: Gguf | None = None
+    """How it is written as GGUF; None for a family that llama.cpp does not read, or that ftcore cannot write yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -449,45 +453,16 @@ class Artifact:
     size: int
     """Bytes."""
     note: str = ""
+    checks: Mapping[str, Any] = field(default_factory=dict)
+    """What reading it back found: `verified`, the `consumer`, and its numbers; or `verified: False` and a `reason`."""
 
     @staticmethod
-    def of(target: str, path: str | Path, note: str = "") -> Artifact:
+    def of(target: str, path: str | Path, note: str = "", checks: Mapping[str, Any] | None = None) -> Artifact:
         """An artifact with the size of the file, or of all files in the folder."""
         path = Path(path)
         files = path.rglob("*") if path.is_dir() else [path]
-        return Artifact(target=target, path=path, size=sum(f.stat().st_size for f in files if f.is_file()), note=note)
-
-
-@dataclass(kw_only=True)
-class Checkpoint:
-    """The trained model, as exporters see it."""
-
-    model: torch.nn.Module
-    tokenizer: PreTrainedTokenizerBase
-    plan: Plan
-    _merged: Path | None = field(default=None, repr=False)
-
-    def merged(self) -> Path:
-        """Folder with the merged 16-bit model, written once. Copy from it: it goes when the exporters are done."""
-        from ftcore.merge import write_merged
-
-        if self._merged is None:
-            self._merged = write_merged(self.model, self.tokenizer, self.plan.output_dir / ".merged")
-        return self._merged
-
-    def discard(self) -> None:
-        """Delete the merged folder; called once the exporters are done."""
-        import shutil
-
-        if self._merged is not None:
-            shutil.rmtree(self._merged, ignore_errors=True)
-            self._merged = None
-
-    def base(self) -> PreTrainedModel:
-        """The transformers model under the adapter."""
-        getter = getattr(self.model, "get_base_model", None)
-        model: PreTrainedModel = getter() if getter else self.model
-        return model
+        count = sum(f.stat().st_size for f in files if f.is_file())
+        return Artifact(target=target, path=path, size=count, note=note, checks=checks or {})
 
 
 @dataclass(kw_only=True)

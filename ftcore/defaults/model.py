@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftcore import checkpoint, rope, templates, vocabulary
@@ -35,12 +36,21 @@ def ftcore_load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = own
     if plan.run.data and plan.run.data.template:
         tokenizer.chat_template = templates.read(plan.run.data.template)
+    elif saved := _saved_template(plan):
+        tokenizer.chat_template = saved
     elif not tokenizer.chat_template and plan.family.chat_template:
         tokenizer.chat_template = plan.family.chat_template
     vocabulary.add(tokenizer, model.new_tokens)
     if plan.family.vision:
         vision.attach(tokenizer, checkpoint.locate(model, plan.family), plan.family, model.revision)
     return tokenizer
+
+
+def _saved_template(plan: Plan) -> str | None:
+    """The template that the adapter was trained with: it is saved beside it, and may be another than the base's."""
+    path = getattr(plan.run.adapter, "path", None)
+    file = Path(path) / "chat_template.jinja" if path else None
+    return file.read_text(encoding="utf-8") if file is not None and file.is_file() else None
 
 
 @hookimpl(trylast=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from ftcore import pipeline
+from ftcore.artifacts import record_exports, show_artifacts
 from ftcore.errors import Problem, Refused
-from ftcore.report import heading, size, table
 from ftcore.tasks._config import config_of, need_run
 from ftcore.tasks._trained import prepared
 
 
 def main(argv: list[str]) -> int:
-    """Load the trained model and run the exporters on it; artifacts go into the run's own folder by default."""
+    """Run the exporters on what the run trained; artifacts go into the run's own folder by default."""
     config = config_of(argv)
     need_run(config, "export", "ftcore export run=runs/smollm2-sft-001 '+export=[safetensors]'")
     if not config.export:
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> int:
         )
     target = config.output_dir if any(w.startswith("output_dir=") for w in argv) else config.run
     hooks, plan = prepared(replace(config, output_dir=target))
-    artifacts = pipeline.export(hooks, pipeline.load(hooks, plan))
-    heading("Written")
-    table((a.target, a.path, size(a.size), a.note) for a in artifacts)
+    artifacts = pipeline.export_stored(hooks, plan)
+    record_exports(Path(str(config.run)), artifacts)
+    show_artifacts(artifacts)
     return 0

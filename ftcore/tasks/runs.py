@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ftcore.artifacts import RUN_FILE
 from ftcore.errors import Exit, Problem, Refused
-from ftcore.record import RUN_FILE, read_run
+from ftcore.record import read_run
 from ftcore.report import note, table
 
 

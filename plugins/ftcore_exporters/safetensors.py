@@ -4,27 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftcore import Artifact, Checkpoint, ExportConfig, Plan, Problem, hookimpl
-from ftcore.merge import write_merged
+from ftcore import Artifact, Checkpoint, Plan, Problem, hookimpl
+from ftcore.config import ReadBackConfig
+from ftcore.merge import write_weights
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
+BASES = ("dequantized", "original")
 
 
 @dataclass
-class Config(ExportConfig):
+class Config(ReadBackConfig):
     """The merged export's settings."""
 
     dtype: str = "auto"
     """`auto` (the model's own 16-bit type; float16 for a float32 model), `float16`, `bfloat16` or `float32`."""
+    onto: str = "dequantized"
+    """What the adapter is added to where the base was quantized: the `dequantized` weights, over which it was trained,
+    or the `original` ones, as the checkpoint holds them."""
+    shard_size: int = 5000
+    """Megabytes of one file."""
 
 
 @hookimpl
 def ftcore_check_plan(plan: Plan) -> list[Problem]:
     """A dtype that exists, and an adapter that can be merged."""
-    dtype, found = plan.config(Config).dtype, []
-    if dtype not in DTYPES:
-        fix = f"use one of {', '.join(DTYPES)}"
-        found.append(Problem("export.safetensors.dtype", f"'{dtype}' is no dtype", fix))
+    config, found = plan.config(Config), []
+    for key, value, known in (("dtype", config.dtype, DTYPES), ("onto", config.onto, BASES)):
+        if value not in known:
+            problem = f"'{value}' is not one of {', '.join(known)}"
+            found.append(Problem(f"export.safetensors.{key}", problem, f"use export.safetensors.{key}={known[0]}"))
+    if config.shard_size < 1:
+        fix = "leave it out for files of 5000 MB"
+        found.append(Problem("export.safetensors.shard_size", f"{config.shard_size} MB hold nothing", fix))
     variant = getattr(plan.run.adapter, "variant", None)
     if plan.run.quantizer and getattr(variant, "value", variant) == "dora":
         message = "DoRA over quantized weights cannot be merged exactly"
@@ -35,6 +46,21 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
 @hookimpl
 def ftcore_export(plan: Plan, checkpoint: Checkpoint) -> list[Artifact]:
     """Weights, config, generation config and tokenizer under `export/safetensors`."""
-    target = plan.output_dir / "export" / "safetensors"
-    write_merged(checkpoint.model, checkpoint.tokenizer, target, plan.config(Config).dtype)
-    return [Artifact.of("safetensors", target, note="merged model for transformers and vLLM")]
+    from ftcore.read_back import read_back_folder
+
+    config, target = plan.config(Config), plan.output_dir / "export" / "safetensors"
+    original = config.onto == "original"
+    write_weights(
+        checkpoint.weights(original=original),
+        checkpoint.config(),
+        checkpoint.tokenizer,
+        target,
+        config.dtype,
+        shard_size=config.shard_size * 10**6,
+        generation=checkpoint.generation(),
+    )
+    note = "merged model for transformers and vLLM"
+    if plan.run.quantizer is not None:
+        note += f", added to the {config.onto} weights"
+    checks = read_back_folder(checkpoint, target) if config.verify else {}
+    return [Artifact.of("safetensors", target, note=note, checks=checks)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -54,13 +53,17 @@ def test_help_imports_nothing_heavy(in_tmp: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timed
 def test_first_answers_are_quick(in_tmp: Path) -> None:
-    """The best of five: another program's load says nothing about ftcore. A busy machine is not measured at all."""
-    if os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1):
-        pytest.skip(f"the machine is busy: load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    """The best of five, on a machine whose imports take what they took when the limits were set, or more slowly.
+
+    The limits, 0.5, 1.5 and 8 s, are those of a machine that imports the libraries of a plan in 4 s; a slower one is
+    given its share, so that the machine's speed of the day is not ftcore's fault.
+    """
+    libraries = "import torch, peft, transformers.models.qwen3.modeling_qwen3"
+    pace = max(1.0, seconds([sys.executable, "-c", libraries], in_tmp) / 4)
     start = [sys.executable, "-m", "ftcore"]
-    assert seconds([*start, "--help"], in_tmp) < 0.5
-    assert seconds([*start, *TINY, "+trainer=sft", "trainer.lerning_rate=1"], in_tmp) < 1.5
-    assert seconds([*start, "plan", *TINY, "+trainer=sft"], in_tmp) < 8
+    assert seconds([*start, "--help"], in_tmp) < 0.5 * pace
+    assert seconds([*start, *TINY, "+trainer=sft", "trainer.lerning_rate=1"], in_tmp) < 1.5 * pace
+    assert seconds([*start, "plan", *TINY, "+trainer=sft"], in_tmp) < 8 * pace
 
 
 def test_tasks_are_found_anywhere_and_typos_are_named() -> None:

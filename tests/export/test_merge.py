@@ -1,0 +1,160 @@
+"""The merged model: from files and from memory the same, exact, tied where it still is, in files of any size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ftcore import pipeline
+from ftcore.errors import Refused
+from ftcore.merge import merged_weights, write_weights
+from ftcore.safetensors_file import checkpoint_files, read_weights
+from ftcore.testing import maths, runs
+from ftcore.trained_model import Checkpoint
+
+FAMILIES = ("llama", "smollm2", "qwen3", "gemma3", "phi3", "lfm2", "mistral")
+
+
+def trained(folder: Path, *words: str, save: bool = True):
+    """A tiny model with an adapter that does something; saved as a run saves it."""
+    hooks, plan = runs.prepared(["model.tiny=true", *words, f"output_dir='{folder}'"])
+    loaded = pipeline.load(hooks, plan)
+    runs.shake(loaded.model, trainable_only=True)
+    if save:
+        loaded.model.save_pretrained(folder / "trained")
+    return hooks, plan, loaded
+
+
+def both(folder: Path, *words: str) -> tuple[Checkpoint, Checkpoint]:
+    """The same run for exporters: by its files, and by the model in memory."""
+    _, plan, loaded = trained(folder, *words)
+
+    def never() -> torch.nn.Module:
+        raise AssertionError("the model was loaded")
+
+    files = Checkpoint(tokenizer=loaded.tokenizer, plan=plan, load=never)
+    return files, Checkpoint(tokenizer=loaded.tokenizer, plan=plan, model=loaded.model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_and_memory_give_the_same_weights(family: str, tmp_path: Path) -> None:
+    files, memory = both(tmp_path / "run", f"+model={family}", "adapter.alpha=24")
+    one, other = files.weights(), memory.weights()
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert weight.shape == other[name].shape
+        assert maths.apart(weight.whole().float(), other[name].whole().float()) < 1e-6, name
+    ours, theirs = files.config().to_dict(), memory.config().to_dict()
+    for key in ("architectures", "tie_word_embeddings", "vocab_size", "hidden_size", "rope_parameters"):
+        assert ours[key] == theirs[key]
+
+
+@pytest.mark.parametrize("words", [("adapter.variant=rslora",), ("adapter.dropout=0.1",)])
+def test_variants_of_lora_from_files(words: tuple[str, ...], tmp_path: Path) -> None:
+    files, memory = both(tmp_path / "run", "+model=llama", *words)
+    one, other = files.weights(), memory.weights()
+    assert max(maths.apart(one[n].whole(), other[n].whole()) for n in one) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("+model=llama", "adapter.variant=dora"),
+        ("+model=smollm2", "adapter.modules_to_save=[lm_head]"),
+        ("+model=llama", '\'model.new_tokens=["<a>","<b>"]\''),
+        ("+model=qwen3_moe",),
+        ("+model=llama", "model.rope_scaling={rope_type: linear, factor: 2.0}"),
+    ],
+)
+def test_what_files_do_not_tell_comes_from_the_model(words: tuple[str, ...], tmp_path: Path) -> None:
+    words = tuple(word.strip("'") for word in words)
+    _, plan, loaded = trained(tmp_path / "run", *words)
+    asked: list[int] = []
+
+    def load() -> torch.nn.Module:
+        asked.append(1)
+        return loaded.model
+
+    checkpoint = Checkpoint(tokenizer=loaded.tokenizer, plan=plan, load=load)
+    folder = write_weights(checkpoint.weights(), checkpoint.config(), loaded.tokenizer, tmp_path / "m", "float32")
+    assert asked == [1]
+    from transformers import AutoModelForCausalLM
+
+    batch = runs.batch_for(loaded.model)
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert maths.apart(runs.logits_of(again, batch), runs.logits_of(loaded.model, batch)) < 1e-5
+
+
+def test_a_merge_from_files_is_the_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    _, plan, loaded = trained(tmp_path / "run", "+model=smollm2")
+    files = Checkpoint(tokenizer=loaded.tokenizer, plan=plan, load=lambda: pytest.fail("the model was loaded"))
+    folder = write_weights(
+        files.weights(), files.config(), loaded.tokenizer, tmp_path / "m", "float32", shard_size=50_000
+    )
+    assert len(checkpoint_files(folder)) > 3
+    assert "lm_head.weight" not in json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    again, notes = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not notes["missing_keys"]
+    assert not notes["unexpected_keys"]
+    batch = runs.batch_for(loaded.model)
+    assert float((runs.logits_of(again, batch) - runs.logits_of(loaded.model, batch)).abs().max()) <= 1e-5
+
+
+def test_every_file_is_one_that_safetensors_reads(tmp_path: Path) -> None:
+    _, plan, loaded = trained(tmp_path / "run", "+model=llama")
+    files = Checkpoint(tokenizer=loaded.tokenizer, plan=plan, load=lambda: loaded.model)
+    folder = write_weights(files.weights(), files.config(), loaded.tokenizer, tmp_path / "m", "bfloat16")
+    read = load_file(folder / "model.safetensors")
+    expected = merged_weights(loaded.model.get_base_model())
+    assert all(torch.equal(read[name], expected[name].to(torch.bfloat16)) for name in read)
+
+
+def test_adapter_over_a_quantized_base_onto_either_weights(tmp_path: Path) -> None:
+    words = ("+model=llama", "+quantizer=bnb_nf4")
+    _, plan, loaded = trained(tmp_path / "run", *words)
+    checkpoint = Checkpoint(tokenizer=loaded.tokenizer, plan=plan, model=loaded.model)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    over, original = checkpoint.weights()[name].whole(), checkpoint.weights(original=True)[name].whole()
+    layer = loaded.model.get_base_model().model.layers[0].self_attn.q_proj
+    from bitsandbytes.functional import dequantize_4bit
+
+    rounded = dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state).float()
+    delta = layer.get_delta_weight("default").detach().float()
+    assert maths.apart(over, rounded + delta) < 1e-6
+    plain = runs.loaded(["model.tiny=true", "+model=llama", "adapter=full", "kernels=[]"]).model
+    assert maths.apart(original, plain.state_dict()[name].float() + delta) < 1e-6
+    assert maths.apart(over, original) > 1e-3
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    whole = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(1000)}, whole)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(whole.read_bytes()[:-8])
+    with pytest.raises(Refused, match=r"cut\.safetensors.*8 bytes are missing at its end"):
+        read_weights(cut)
+    (tmp_path / "text.safetensors").write_text("not one")
+    with pytest.raises(Refused, match=r"text\.safetensors.*no safetensors file"):
+        read_weights(tmp_path / "text.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(Refused, match=r"gone\.safetensors, which is not there"):
+        checkpoint_files(tmp_path)
+
+
+def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    _, plan, loaded = trained(tmp_path / "run", "+model=llama")
+    files = Checkpoint(tokenizer=loaded.tokenizer, plan=plan, load=lambda: loaded.model)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(Refused, match=r"the merged model takes .* KiB, and .* has 97.7 KiB free"):
+        write_weights(files.weights(), files.config(), loaded.tokenizer, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    assert list(tmp_path.glob(".*")) == []
