@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftcore import gguf_tokenizer
 from ftcore.config import ModelConfig
 from ftcore.errors import Exit, Problem, Refused
 from ftcore.paths import cache_dir, whole_folder
@@ -239,6 +240,10 @@ def _random_checkpoint(family: ModelFamily, shape: str) -> Path:
     return target
 
 
+TOKENIZER = 2
+"""Counts up when tokenizers are read from GGUF files in another way, so that what was read before is read again."""
+
+
 def _dequantized(file: Path, family: ModelFamily) -> Path:
     """The package's GGUF as float32 safetensors, written once into the cache."""
     import torch
@@ -246,7 +251,8 @@ def _dequantized(file: Path, family: ModelFamily) -> Path:
     from transformers import AutoTokenizer, GgufConfig
 
     stat = file.stat()
-    key = hashlib.sha256(f"{file.name}:{stat.st_size}:{transformers.__version__}".encode()).hexdigest()[:16]
+    made_of = f"{file.name}:{stat.st_size}:{transformers.__version__}:{TOKENIZER}"
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:16]
     target = cache_dir() / "dequantized" / f"{file.stem}-{key}"
     if not (target / "config.json").is_file():
         note(f"dequantizing {file.name}, once: {target}")
@@ -256,6 +262,7 @@ def _dequantized(file: Path, family: ModelFamily) -> Path:
             file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        gguf_tokenizer.mend(tokenizer, file)
         with whole_folder(target) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -18,6 +18,7 @@ from ftcore import report
 from ftcore.artifacts import RUN_FILE, listed, show_artifacts, write_state
 from ftcore.composition import record
 from ftcore.config import RunConfig
+from ftcore.errors import Exit, FtcoreError
 from ftcore.paths import claim_run_dir, whole_folder
 from ftcore.specs import Loaded, PatchReport, Plan, RunResult, TrainReport
 
@@ -85,7 +86,8 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            status = "stopped" if issubclass(kind, KeyboardInterrupt) else "failed"
+            told = isinstance(error, FtcoreError) and error.code == Exit.PREEMPTED
+            status = "stopped" if told or issubclass(kind, KeyboardInterrupt) else "failed"
             self._state |= {"status": status, "error": f"{kind.__name__}: {error}"}
             self._write()
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 32 * 2**20
-"""Values that `Weight.chunks` reads at once: 128 MiB in float32."""
+CHUNK = 8 * 2**20
+"""Values that `Weight.chunks` reads at once: 32 MiB in float32."""
 
 
 @dataclass(frozen=True)

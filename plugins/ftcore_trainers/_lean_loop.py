@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 
+from ftcore.training_checkpoint.trainer import SafeCheckpoints
 
-class LeanLoop:
-    """A base to put before a trainer of transformers' kind."""
+
+class LeanLoop(SafeCheckpoints):
+    """A base to put before a trainer of transformers' kind; with it come ftcore's checkpoints."""
 
     model: Any
     optimizer: Any

@@ -1,0 +1,68 @@
+"""A run that is told to stop saves its whole state after the step that it is in, and exits 75.
+
+Schedulers tell it by SIGTERM (Kubernetes, `kill`) or SIGUSR1 (Slurm's `--signal=USR1@60`), a person by Ctrl-C. A
+second signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from ftcore.errors import Exit, FtcoreError
+from ftcore.report import note
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+
+class Preempted(FtcoreError):
+    """The run was told to stop, and can go on."""
+
+    code = Exit.PREEMPTED
+
+
+class StopWhenTold(TrainerCallback):
+    """Ends training after the step in which a signal came, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.told: str | None = None
+        """Name of the signal that came."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Have transformers save and stop."""
+        if self.told:
+            control.should_save = control.should_training_stop = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catch the signals for as long as the block runs; outside the main thread, where Python has none, do not."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        before = {number: signal.getsignal(number) for number in numbers}
+
+        def caught(number: int, frame: FrameType | None) -> None:
+            self.told = signal.Signals(number).name
+            note(f"{self.told}: stopping after this step; once more stops at once")
+            for one in numbers:
+                signal.signal(one, signal.default_int_handler)
+
+        for number in numbers:
+            signal.signal(number, caught)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def left(self, run: Path, step: int) -> Preempted:
+        """What is raised once the state is saved."""
+        return Preempted(f"stopped by {self.told} after step {step}\n    fix: resume=last output_dir={run} goes on")

@@ -1,0 +1,101 @@
+"""transformers' trainers with ftcore's checkpoints: put before a trainer class, as a base of it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from ftcore.training_checkpoint import tree
+from ftcore.training_checkpoint.manifest import sealed
+from ftcore.training_checkpoint.store import rotate
+
+STATE = "trainer_state.json"
+"""transformers' own file, which it reads back itself: step, epoch, history."""
+
+
+class SafeCheckpoints:
+    """Saves and loads model, optimizer, scheduler, scaler, random generators and position, without pickle."""
+
+    args: Any
+    model: Any
+    state: Any
+    control: Any
+    optimizer: Any
+    lr_scheduler: Any
+    accelerator: Any
+    processing_class: Any
+    callback_handler: Any
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """All or nothing; older checkpoints go once the new one was read back."""
+        self.store_flos()  # type: ignore[attr-defined]
+        place = Path(self.args.output_dir)
+        target = place / f"checkpoint-{self.state.global_step}"
+        if not self.args.should_save:
+            return
+        if (best := self.state.best_global_step) and (place / f"checkpoint-{best}").is_dir():
+            self.state.best_model_checkpoint = str(place / f"checkpoint-{best}")
+        with sealed(target, {"step": self.state.global_step}) as work:
+            self._save(str(work))
+            tree.write(work, "optimizer", self.optimizer.state_dict())
+            tree.write(work, "scheduler", self.lr_scheduler.state_dict())
+            if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
+                tree.write(work, "scaler", scaler.state_dict())
+            tree.write(work, "random", random_state())
+            self._note_callbacks()
+            self.state.save_to_json(str(work / STATE))
+        best_so_far = self.state.best_model_checkpoint
+        rotate(place, self.args.save_total_limit, Path(best_so_far) if best_so_far else None)
+
+    def _note_callbacks(self) -> None:
+        """transformers' callbacks that have a state of their own, such as early stopping."""
+        from transformers.trainer_callback import ExportableState
+
+        for one in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(one, ExportableState):
+                self.state.stateful_callbacks[type(one).__name__] = one.state()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Model and tokenizer; transformers would add its arguments as a pickle, tokens for the hub included."""
+        folder = output_dir or self.args.output_dir
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(tree.read(Path(checkpoint), "optimizer"))
+            self.lr_scheduler.load_state_dict(tree.read(Path(checkpoint), "scheduler"))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if checkpoint is not None and scaler is not None:
+            scaler.load_state_dict(tree.read(Path(checkpoint), "scaler"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_random_state(tree.read(Path(checkpoint), "random"))
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the generators of Python, NumPy, PyTorch and its GPUs."""
+    import numpy as np
+    import torch
+
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set the generators; those of GPUs that this machine does not have are left out."""
+    import numpy as np
+    import torch
+
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["cpu"])
+    for number, one in enumerate(state.get("cuda", ())[: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(one, number)
