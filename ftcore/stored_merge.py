@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,12 +83,17 @@ def _with_adapter(weights: dict[str, Weight], adapter: Path, config: Any) -> dic
         return "the adapter is no plain LoRA"
     parts = read_weights(adapter / ADAPTER)
     merged, used = dict(weights), set()
+
+    @functools.lru_cache(maxsize=1)  # of one weight at a time: of all of them, they would fill memory
+    def right(name: str) -> torch.Tensor:
+        return parts[name].whole().float()
+
     for name in weights:
         path = f"{PREFIX}{name.removesuffix('.weight')}"
         down, up = parts.get(f"{path}.lora_A.weight"), parts.get(f"{path}.lora_B.weight")
         if down is not None and up is not None and name.endswith(".weight"):
             scale = _scale(settings, path.removeprefix(PREFIX), down.shape[0])
-            merged[name] = _added(weights[name], down, up, scale)
+            merged[name] = _added(weights[name], functools.partial(right, f"{path}.lora_A.weight"), up, scale)
             used |= {f"{path}.lora_A.weight", f"{path}.lora_B.weight"}
     if left := sorted(set(parts) - used):
         return f"{left[0]} belongs to no weight of the checkpoint by its name"
@@ -103,12 +109,8 @@ def _scale(settings: dict[str, Any], path: str, rank: int) -> float:
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _added(weight: Weight, down: Weight, up: Weight, scale: float) -> Weight:
-    """W + scale B A, `[out, in]`, in float32."""
-
-    @functools.lru_cache(maxsize=1)
-    def right() -> torch.Tensor:
-        return down.whole().float()
+def _added(weight: Weight, right: Callable[[], torch.Tensor], up: Weight, scale: float) -> Weight:
+    """W + scale B A, `[out, in]`, in float32; `right` gives A, `[r, in]`."""
 
     def read(start: int, stop: int) -> torch.Tensor:
         import torch

@@ -1,31 +1,45 @@
-"""The LoRA adapter as a PEFT folder."""
+"""The LoRA adapter as a PEFT folder, checked for what vLLM and SGLang take."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftcore import Artifact, Checkpoint, ExportConfig, Plan, Problem, hookimpl
-from ftcore.paths import whole_folder
+from ftcore import Artifact, Checkpoint, Plan, Problem, hookimpl
+from ftcore.config import ReadBackConfig
 
 
 @dataclass
-class Config(ExportConfig):
+class Config(ReadBackConfig):
     """The adapter export has no settings of its own."""
 
 
 @hookimpl
 def ftcore_check_plan(plan: Plan) -> list[Problem]:
     """There must be an adapter."""
-    if plan.run.adapter is not None and plan.run.adapter.name == "full":
-        return [Problem("export", "adapter=full trains no adapter that could be exported", "use +export=[safetensors]")]
-    return []
+    from ftcore_exporters._adapter_folder import problems
+
+    return problems(plan)
 
 
 @hookimpl
 def ftcore_export(plan: Plan, checkpoint: Checkpoint) -> list[Artifact]:
-    """`adapter_model.safetensors`, `adapter_config.json` and the tokenizer under `export/adapter`."""
+    """`adapter_model.safetensors`, `adapter_config.json` and the tokenizer under `export/adapter`.
+
+    Raises Refused for an adapter that changes nothing.
+    """
+    from ftcore.paths import whole_folder
+    from ftcore.report import note
+    from ftcore_exporters._adapter_folder import read_back, write
+    from ftcore_exporters._adapter_lint import lint, serving_names
+
     target = plan.output_dir / "export" / "adapter"
     with whole_folder(target) as folder:
-        checkpoint.model.save_pretrained(folder)  # type: ignore[operator]
-        checkpoint.tokenizer.save_pretrained(folder)
-    return [Artifact.of("adapter", target)]
+        write(checkpoint, folder)
+        found = lint(folder, serving_names(plan))
+    for server, reasons in (("vLLM", found.vllm), ("SGLang", found.sglang)):
+        for reason in reasons:
+            note(f"adapter: {server} will not serve it as it was trained: {reason}; export the merged model for it")
+    checks = read_back(checkpoint, target) if plan.config(Config).verify else {}
+    rank = f", vLLM with --max-lora-rank {found.max_lora_rank}" if found.max_lora_rank and not found.vllm else ""
+    said = f"rank {found.rank}, {found.modules} modules; for PEFT{rank}"
+    return [Artifact.of("adapter", target, said, {**checks, "lint": found.checks()})]

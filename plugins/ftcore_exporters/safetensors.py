@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from ftcore import Artifact, Checkpoint, Plan, Problem, hookimpl
 from ftcore.config import ReadBackConfig
@@ -46,8 +49,6 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
 @hookimpl
 def ftcore_export(plan: Plan, checkpoint: Checkpoint) -> list[Artifact]:
     """Weights, config, generation config and tokenizer under `export/safetensors`."""
-    from ftcore.read_back import read_back_folder
-
     config, target = plan.config(Config), plan.output_dir / "export" / "safetensors"
     original = config.onto == "original"
     write_weights(
@@ -62,5 +63,13 @@ def ftcore_export(plan: Plan, checkpoint: Checkpoint) -> list[Artifact]:
     note = "merged model for transformers and vLLM"
     if plan.run.quantizer is not None:
         note += f", added to the {config.onto} weights"
-    checks = read_back_folder(checkpoint, target) if config.verify else {}
+    checks = _read_back(checkpoint, target, original and plan.run.quantizer is not None) if config.verify else {}
     return [Artifact.of("safetensors", target, note=note, checks=checks)]
+
+
+def _read_back(checkpoint: Checkpoint, folder: Path, other: bool) -> Mapping[str, Any]:
+    """By transformers; merged onto `other` weights than those that were trained over, numbers are only reported."""
+    from ftcore.agreement import REPORTED
+    from ftcore.read_back import read_back_folder
+
+    return read_back_folder(checkpoint, folder, within=REPORTED if other else None)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
+from ftcore.gguf_facts import Gguf
 from ftcore_models._llama_like import LORA_TARGETS, TINY
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 OFFSET = frozenset({"unit_offset"})
+GELU = frozenset({"gelu_pytorch_tanh", "gelu_new", "gelu"})  # hub configs of Gemma say "gelu" and mean the first
 
 _COMMON = {
     "vocab_size": 256000,
@@ -45,6 +51,11 @@ class Config(ModelConfig):
     """Checkpoint id on the Hugging Face hub."""
 
 
+def untied(config: PretrainedConfig) -> str | None:
+    """Why a config cannot be written as GGUF: llama.cpp reads no head of its own."""
+    return None if config.tie_word_embeddings else "llama.cpp's Gemma has its embedding as the head, not another one"
+
+
 @hookimpl
 def ftcore_model_family() -> ModelFamily:
     """Decoder with pre-norm of unit offset, RoPE, GeGLU, and embeddings scaled by the square root of the width."""
@@ -62,4 +73,5 @@ def ftcore_model_family() -> ModelFamily:
         shapes=SHAPES,
         checkpoints=("google/gemma-2b-it", "google/gemma-7b-it", "google/gemma-1.1-2b-it", "google/gemma-1.1-7b-it"),
         chat=Chat(turn_ends=("<end_of_turn>",), system=False),
+        gguf=Gguf(arch="gemma", norm_offset=1.0, activations=GELU, refuses=untied),
     )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
+from ftcore.gguf_facts import Gguf, Value
 from ftcore_models._llama_like import LORA_TARGETS, TINY
+from ftcore_models.gemma import GELU, OFFSET, untied
 
-OFFSET = frozenset({"unit_offset"})
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 SHAPES = {
     "gemma2-2b": {
@@ -36,6 +40,33 @@ class Config(ModelConfig):
 
     id: str = "google/gemma-2-2b-it"
     """Checkpoint id on the Hugging Face hub."""
+
+
+def _gguf_keys(config: PretrainedConfig) -> dict[str, Value]:
+    """Caps and window."""
+    return {
+        "attn_logit_softcapping": float(config.attn_logit_softcapping),
+        "final_logit_softcapping": float(config.final_logit_softcapping),
+        "attention.sliding_window": config.sliding_window,
+    }
+
+
+def _not_in_gguf(config: PretrainedConfig) -> str | None:
+    """llama.cpp always caps, and reads no head of its own."""
+    if not config.attn_logit_softcapping or not config.final_logit_softcapping:
+        return "llama.cpp's gemma2 caps scores and logits"
+    return untied(config)
+
+
+def _other_windows(config: PretrainedConfig) -> str | None:
+    """llama.cpp gives every other layer a window, from the first on."""
+    wanted = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(config.num_hidden_layers)]
+    return None if config.layer_types == wanted else "llama.cpp's gemma2 has its window in every other layer"
+
+
+def _score_dim(config: PretrainedConfig) -> float:
+    """llama.cpp tells the 27B model by its number of layers."""
+    return config.hidden_size / config.num_attention_heads if config.num_hidden_layers == 46 else config.head_dim
 
 
 @hookimpl
@@ -67,4 +98,13 @@ def ftcore_model_family() -> ModelFamily:
         shapes=SHAPES,
         checkpoints=tuple(f"google/gemma-2-{size}-it" for size in ("2b", "9b", "27b")),
         chat=Chat(turn_ends=("<end_of_turn>",), system=False),
+        gguf=Gguf(
+            arch="gemma2",
+            norm_offset=1.0,
+            activations=GELU,
+            window=_other_windows,
+            score_dim=_score_dim,
+            keys=_gguf_keys,
+            refuses=_not_in_gguf,
+        ),
     )

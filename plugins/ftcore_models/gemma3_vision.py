@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftcore import Chat, ModelConfig, ModelFamily, Role, Vision, hookimpl
 from ftcore_models._llama_like import LORA_TARGETS, TINY
 from ftcore_models._vision import chatml
-from ftcore_models.gemma3 import OFFSET, SAMPLING
+from ftcore_models.gemma3 import GGUF, OFFSET, SAMPLING
 
 TOKENS = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
 
@@ -84,4 +84,5 @@ def ftcore_model_family() -> ModelFamily:
             settings={"image_seq_length": 4},
             token_types="token_type_ids",
         ),
+        gguf=replace(GGUF, part="language_model."),
     )

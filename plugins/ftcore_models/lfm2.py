@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
+from ftcore.gguf_facts import Gguf, Value
 from ftcore_models._llama_like import TINY
 from ftcore_models._packing import no_packing
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 NAMES = frozenset({"own_projection_names"})
 
@@ -36,6 +41,22 @@ class Config(ModelConfig):
 
     id: str = "LiquidAI/LFM2-350M"
     """Checkpoint id on the Hugging Face hub."""
+
+
+def _gguf_keys(config: PretrainedConfig) -> dict[str, Value]:
+    """Layers without attention have no heads; the MLP's width as transformers rounds it."""
+    width = config.intermediate_size
+    if config.block_auto_adjust_ff_dim:
+        width = int(2 * width / 3)
+        if config.block_ffn_dim_multiplier is not None:
+            width = int(config.block_ffn_dim_multiplier * width)
+            width = -(-width // config.block_multiple_of) * config.block_multiple_of
+    kinds = config.layer_types
+    return {
+        "feed_forward_length": width,
+        "attention.head_count_kv": [0 if kind == "conv" else config.num_key_value_heads for kind in kinds],
+        "shortconv.l_cache": config.conv_L_cache,
+    }
 
 
 @hookimpl
@@ -69,4 +90,5 @@ def ftcore_model_family() -> ModelFamily:
             "thinking": {"temperature": 0.05, "top_k": 50, "repetition_penalty": 1.05},
         },
         limits=(no_packing("a short convolution would carry the end of one document into the next"),),
+        gguf=Gguf(arch="lfm2", keys=_gguf_keys),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
+from ftcore.gguf_facts import ROPE_TYPES, Gguf
 from ftcore_models._llama_like import LORA_TARGETS, TINY
 
 ROLES = (
@@ -15,6 +16,7 @@ ROLES = (
     Role("decoder_layer", "LlamaDecoderLayer"),
 )
 
+GGUF = Gguf(arch="llama", interleaved_rope=True, biases=True, rope_types=ROPE_TYPES | {"llama3", "longrope"})
 _ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -86,4 +88,5 @@ def ftcore_model_family() -> ModelFamily:
             "instruct": {"temperature": 0.6, "top_p": 0.9},
             "thinking": {"temperature": 0.6, "top_p": 0.95},  # R1's distillations
         },
+        gguf=GGUF,
     )

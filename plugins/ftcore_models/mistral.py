@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
 from ftcore_models._llama_like import LORA_TARGETS, TINY
+from ftcore_models.llama import GGUF
 
 # The attention takes its window from the config, not from an attribute of the module.
 WINDOW = frozenset({"sliding_window"})
@@ -55,4 +56,5 @@ def ftcore_model_family() -> ModelFamily:
         shapes=SHAPES,
         checkpoints=tuple(f"mistralai/Mistral-7B-Instruct-v0.{version}" for version in (3, 2, 1)),
         chat=Chat(turn_ends=("</s>",)),
+        gguf=GGUF,
     )

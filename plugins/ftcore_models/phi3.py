@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
+from ftcore.gguf_facts import ROPE_TYPES, Gguf, Value
 from ftcore_models._llama_like import TINY
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 FUSED = frozenset({"fused_projections"})
 # The attention takes its window from the config, not from an attribute of the module.
@@ -50,6 +55,11 @@ class Config(ModelConfig):
     """Checkpoint id on the Hugging Face hub."""
 
 
+def _gguf_keys(config: PretrainedConfig) -> dict[str, Value]:
+    """A window of 0 is how llama.cpp tells Phi-4 from the others; it uses none."""
+    return {"attention.sliding_window": config.sliding_window or 0}
+
+
 @hookimpl
 def ftcore_model_family() -> ModelFamily:
     """Llama's layer plan with one projection for queries, keys and values, and one for gate and up."""
@@ -79,4 +89,5 @@ def ftcore_model_family() -> ModelFamily:
             "microsoft/Phi-4-mini-instruct",
         ),
         chat=Chat(turn_ends=("<|end|>", "<|im_end|>")),
+        gguf=Gguf(arch="phi3", rope_types=ROPE_TYPES | {"longrope"}, keys=_gguf_keys),
     )

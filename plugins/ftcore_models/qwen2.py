@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
+from ftcore.gguf_facts import Gguf
 from ftcore_models._llama_like import LORA_TARGETS, TINY
 
 _ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
@@ -80,4 +81,5 @@ def ftcore_model_family() -> ModelFamily:
             "instruct": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05},
             "thinking": {"temperature": 0.6, "top_p": 0.95},  # R1's distillations
         },
+        gguf=Gguf(arch="qwen2", biases=True),
     )

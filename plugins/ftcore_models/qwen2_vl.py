@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
+from ftcore.gguf_facts import Gguf, Value
 from ftcore_models._llama_like import LORA_TARGETS
 from ftcore_models._qwen_vl import IDS, PACKING, TEMPLATE, TEXT, vision
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 @dataclass
@@ -15,6 +20,11 @@ class Config(ModelConfig):
 
     id: str = "Qwen/Qwen2-VL-2B-Instruct"
     """Checkpoint id on the Hugging Face hub."""
+
+
+def _gguf_keys(config: PretrainedConfig) -> dict[str, Value]:
+    """Pairs of a head's half that turn with time, height and width; llama.cpp has room for a fourth axis."""
+    return {"rope.dimension_sections": [*config.rope_parameters["mrope_section"], 0]}
 
 
 @hookimpl
@@ -52,4 +62,5 @@ def ftcore_model_family() -> ModelFamily:
         chat=Chat(turn_ends=("<|im_end|>",)),
         limits=(PACKING,),
         vision=vision("qwen2_vl.processing_qwen2_vl:Qwen2VLProcessor", patch=14),
+        gguf=Gguf(arch="qwen2vl", biases=True, apart=("visual.",), keys=_gguf_keys),
     )

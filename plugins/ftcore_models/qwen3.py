@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ftcore import Chat, ModelConfig, ModelFamily, Role, hookimpl
+from ftcore.gguf_facts import Gguf
 from ftcore_models._llama_like import LORA_TARGETS, TINY
 
 _COMMON = {
@@ -60,4 +61,5 @@ def ftcore_model_family() -> ModelFamily:
         ),
         chat=CHAT,
         sampling=SAMPLING,
+        gguf=Gguf(arch="qwen3"),
     )

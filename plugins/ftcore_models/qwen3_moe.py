@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftcore import ModelConfig, ModelFamily, Role, hookimpl
+from ftcore.gguf_facts import Gguf, Value
 from ftcore_models._experts import ATTENTION_TARGETS, DENSE, EXPERTS, quantized_dense
 from ftcore_models._llama_like import TINY
 from ftcore_models.qwen3 import CHAT, SAMPLING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _30B_A3B = {
     "vocab_size": 151936,
@@ -48,6 +52,22 @@ def _has_dense(config: Mapping[str, Any]) -> bool:
     return bool(config.get("mlp_only_layers")) or config.get("decoder_sparse_step", 1) > 1
 
 
+def _gguf_keys(config: PretrainedConfig) -> dict[str, Value]:
+    """Hyperparameters of the experts."""
+    return {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+    }
+
+
+def _not_in_gguf(config: PretrainedConfig) -> str | None:
+    """llama.cpp has experts in all layers, and the weights of the chosen ones sum up to 1."""
+    if _has_dense(config.to_dict()):
+        return "llama.cpp's qwen3moe has experts in all layers"
+    return None if config.norm_topk_prob else "llama.cpp's qwen3moe norms the weights of the experts (`norm_topk_prob`)"
+
+
 @hookimpl
 def ftcore_model_family() -> ModelFamily:
     """Decoder with pre-norm, QK-norm, grouped-query attention, RoPE, and a mixture of experts in all or most layers."""
@@ -82,4 +102,5 @@ def ftcore_model_family() -> ModelFamily:
         chat=CHAT,
         sampling=SAMPLING,
         limits=(quantized_dense(ATTENTION_TARGETS, _has_dense),),
+        gguf=Gguf(arch="qwen3moe", keys=_gguf_keys, refuses=_not_in_gguf),
     )

