@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ CONF_MODULE = "ftcore_conf"
 CONFIG_NAME = "ftcore"
 RECORD = "config.yaml"
 """File in a run folder that holds its whole config."""
+SHORT = re.compile(r"^(\+{0,2})resume=")
+"""`resume=last` is written for `resume.checkpoint=last`."""
 NEW_EACH_TIME = ("output_dir", "run", "resume")
 """Recorded keys that `run=FOLDER` does not take over: a finished run is never written over."""
 
@@ -115,6 +118,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for text in overrides:
+        text = SHORT.sub(r"\1resume.checkpoint=", text)
         try:
             parsed.append(parser.parse_override(text))
         except HydraException as error:

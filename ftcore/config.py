@@ -235,6 +235,17 @@ class PreviewConfig:
 
 
 @dataclass
+class ResumeConfig:
+    """How an interrupted run goes on."""
+
+    checkpoint: str | None = None
+    """`last` for the newest good checkpoint in `output_dir`, or a checkpoint folder. Null: the command line goes on by
+    itself with an interrupted run of the same command. `never` starts anew."""
+    allow: list[str] = field(default_factory=list)
+    """Keys that may be other than they were when the run began, such as `trainer.learning_rate` or `data.path`."""
+
+
+@dataclass
 class RunConfig:
     """One run. `+kind=option` fills the kinds; every other key is written `key=value`."""
 
@@ -280,8 +291,8 @@ class RunConfig:
     """How answers are written for `prompts` and `ftcore chat`."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     """What `ftcore preview` shows."""
-    resume: str | None = None
-    """Checkpoint folder of a run to go on from, or `last` for the newest one in `output_dir`."""
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    """How an interrupted run goes on; `resume=last` is short for `resume.checkpoint=last`."""
     output_dir: str | None = None
     """Run folder; null makes a new one under `runs/`."""
     gguf: str | None = None

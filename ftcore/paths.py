@@ -9,6 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ftcore.config import RunConfig
 
 
 def cache_dir() -> Path:
@@ -72,6 +76,13 @@ def claim_run_dir(wanted: Path) -> Path:
             wanted = new_run_dir(name, wanted.parent)
         else:
             return wanted
+
+
+def run_name(run: RunConfig) -> str:
+    """What a run's folder is called before its number: the model, and the trainer."""
+    names = [run.model.name if run.model else "", run.trainer.name if run.trainer else ""]
+    # `dist:name` tells two packages apart, but Windows takes no colon in a file name.
+    return "-".join(name.rpartition(":")[2] for name in names if name)
 
 
 def new_run_dir(name: str, root: Path = Path("runs")) -> Path:

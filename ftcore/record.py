@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -18,7 +18,9 @@ from ftcore import report
 from ftcore.artifacts import RUN_FILE, listed, show_artifacts, write_state
 from ftcore.composition import record
 from ftcore.config import RunConfig
+from ftcore.drift import fingerprints
 from ftcore.errors import Exit, FtcoreError
+from ftcore.locks import held
 from ftcore.paths import claim_run_dir, whole_folder
 from ftcore.specs import Loaded, PatchReport, Plan, RunResult, TrainReport
 
@@ -66,8 +68,10 @@ class RunFolder:
         self._plan = plan
         self._path = plan.output_dir
         self._state: dict[str, Any] = {}
+        self._held = ExitStack()
 
     def __enter__(self) -> RunFolder:
+        self._held.enter_context(held(self._path))
         record(with_absolute_paths(self._plan.run), self._path)
         self._state = {
             "status": "running",
@@ -77,6 +81,7 @@ class RunFolder:
             "device": self._plan.device.name,
             "dtype": self._plan.dtype,
             "plugins": [asdict(info) for info in self._plan.plugins],
+            "inputs": fingerprints(self._plan),
         }
         self._write()
         report.note(f"run folder: {self._path}")
@@ -90,6 +95,7 @@ class RunFolder:
             status = "stopped" if told or issubclass(kind, KeyboardInterrupt) else "failed"
             self._state |= {"status": status, "error": f"{kind.__name__}: {error}"}
             self._write()
+        self._held.close()
 
     def show_patches(self, patches: PatchReport) -> None:
         """Print and record which kernels were put where."""
@@ -150,15 +156,6 @@ def show_result(result: RunResult, measures: Sequence[str] = (), talks: bool = T
     trained = result.output_dir / TRAINED
     hint = f"talk to it: ftcore chat run={result.output_dir}" if talks else ""
     show_artifacts(result.artifacts, [("trained", trained, "", hint)])
-
-
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """run.json of a run folder, or None where there is none, or one that is damaged or not ftcore's."""
-    try:
-        state = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # ValueError: neither UTF-8 nor JSON
-        return None
-    return state if isinstance(state, dict) and isinstance(state.get("status"), str) else None
 
 
 def _version(name: str) -> str | None:

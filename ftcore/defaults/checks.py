@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from ftcore import checkpoint, rewards, rope, vocabulary
+from ftcore import checkpoint, drift, rewards, rope, vocabulary
 from ftcore.catalog import installed
 from ftcore.defaults.check_data import check_evaluation, check_rows, check_sources
 from ftcore.defaults.check_trainer import check_arguments, check_numbers
 from ftcore.errors import Exit, Problem, Refused
 from ftcore.hooks import hookimpl
+from ftcore.locks import is_held
 from ftcore.manager import import_function, selected_options
+from ftcore.resuming import NEVER
+from ftcore.run_state import state_of
 from ftcore.specs import Plan
 
 
@@ -140,22 +140,27 @@ def _folders(plan: Plan) -> Iterator[Problem]:
         yield Problem("output_dir", f"nothing can be written into {there}", "name another folder", Exit.IO)
     if run.trainer is None:
         return
-    if run.resume is None:
+    if is_held(plan.output_dir):
+        message = f"{plan.output_dir} is written by another process"
+        yield Problem("output_dir", message, "wait for it, or name another folder", Exit.BUSY)
+        return
+    asked = run.resume.checkpoint
+    if asked in (None, NEVER):
         kept = [name for name in RUN_FILES if (plan.output_dir / name).exists()]
         if kept:
             fix = "name another folder, or go on with that run: resume=last"
             yield Problem("output_dir", f"{plan.output_dir} already holds a run ({kept[0]})", fix)
         return
     yield from _same_run(plan)
-    if run.resume == "last":
+    if asked == "last":
         folder = plan.output_dir / "checkpoints"
         if not any(folder.glob("checkpoint-*")):
             fix = "leave resume out" if run.output_dir else "set output_dir to the folder of the run to go on with"
             yield Problem("resume", f"{folder} holds no checkpoint", fix, Exit.MISSING_INPUT)
-    elif not (Path(run.resume) / "trainer_state.json").is_file():
-        what = "is no checkpoint of a run" if Path(run.resume).is_dir() else "does not exist"
+    elif not (Path(asked) / "trainer_state.json").is_file():
+        what = "is no checkpoint of a run" if Path(asked).is_dir() else "does not exist"
         fix = "name a folder such as RUN/checkpoints/checkpoint-50, or write resume=last with output_dir=RUN"
-        yield Problem("resume", f"{run.resume} {what}", fix, Exit.MISSING_INPUT)
+        yield Problem("resume", f"{asked} {what}", fix, Exit.MISSING_INPUT)
 
 
 RUN_FILES = ("config.yaml", "run.json", "trained", "metrics.jsonl")
@@ -163,22 +168,19 @@ RUN_FILES = ("config.yaml", "run.json", "trained", "metrics.jsonl")
 
 
 def _same_run(plan: Plan) -> Iterator[Problem]:
-    """A run that goes on in its own folder keeps its model, adapter and quantizer, and has steps left."""
+    """A run that goes on in its own folder keeps what its result depends on, and has steps left."""
     record = plan.output_dir / "config.yaml"
-    if plan.run.resume != "last" or not record.is_file():
+    if plan.run.resume.checkpoint != "last" or not record.is_file():
         return
-    recorded = yaml.safe_load(record.read_text(encoding="utf-8"))
-    for kind in ("model", "quantizer", "adapter"):
-        now: Any = getattr(plan.run, kind)
-        old, new = recorded.get(kind) or {}, asdict(now) if now is not None else {}
-        for key in sorted({*old, *new}):
-            value = getattr(new.get(key), "value", new.get(key))
-            if old.get(key) != value:
-                message = f"was {old.get(key)} when the run began, and is {value}"
-                yield Problem(f"{kind}.{key}", message, "leave it as it was, or start a new run without resume")
+    for change in [*drift.of_config(plan.run, plan.output_dir), *drift.of_inputs(plan)]:
+        if change.key not in plan.run.resume.allow:
+            message = f"was {change.before} when the run began, and is {change.now}"
+            fix = f"leave it as it was, accept it by 'resume.allow=[{change.key}]', or begin anew: resume=never"
+            yield Problem(change.key, message, fix)
     steps = [int(folder.name.rpartition("-")[2]) for folder in (plan.output_dir / "checkpoints").glob("checkpoint-*")]
     limit = plan.run.trainer.max_steps if plan.run.trainer else -1
-    if steps and 0 < limit <= max(steps):
+    # One that was stopped after its last step has yet to measure, save and export.
+    if steps and 0 < limit <= max(steps) and state_of(plan.output_dir) == "done":
         message = f"is {limit}, and the run has done {max(steps)} steps already"
         yield Problem("trainer.max_steps", message, "give a larger number")
 

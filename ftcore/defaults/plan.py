@@ -9,7 +9,7 @@ from ftcore import hooks as specs
 from ftcore.config import RunConfig
 from ftcore.device import Device
 from ftcore.errors import Problem, Refused
-from ftcore.paths import new_run_dir
+from ftcore.paths import new_run_dir, run_name
 from ftcore.specs import Plan
 
 if TYPE_CHECKING:
@@ -48,7 +48,4 @@ class PlanMaker:
 def _output_dir(config: RunConfig) -> Path:
     if config.output_dir:
         return Path(config.output_dir)
-    assert config.model is not None
-    names = [config.model.name, config.trainer.name if config.trainer else ""]
-    # `dist:name` tells two packages apart, but Windows takes no colon in a file name.
-    return new_run_dir("-".join(name.rpartition(":")[2] for name in names if name))
+    return new_run_dir(run_name(config))

@@ -33,7 +33,7 @@ OF_NO_MODEL = frozenset({"runtime", "samples_per_second", "steps_per_second", "m
 def main(argv: list[str]) -> int:
     """Print what the trainer measures; `eval.json` has it as well, in the run's folder or in `output_dir`."""
     config = config_of(argv)
-    if config.resume is not None:
+    if config.resume.checkpoint is not None:
         raise Refused(Problem("resume", "nothing is trained here", "leave it out"))
     if config.run is not None:
         check_start(config, argv)

@@ -9,8 +9,8 @@ from typing import Any
 
 from ftcore.artifacts import RUN_FILE
 from ftcore.errors import Exit, Problem, Refused
-from ftcore.record import read_run
 from ftcore.report import note, table
+from ftcore.run_state import read_run
 
 
 def main(argv: list[str]) -> int:

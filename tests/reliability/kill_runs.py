@@ -4,14 +4,13 @@
 
 A run of 8 steps saves after each, keeps two checkpoints, evaluates and exports: the kills fall on training, saving,
 rotating, evaluating and exporting. Processes are forked from one that has everything imported. A run is lost when the
-same command, with `resume=last` once there is a checkpoint, cannot go on; the count of those is the exit status.
+same command cannot go on; the count of those is the exit status.
 """
 
 from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -26,25 +25,16 @@ WORDS = (
 
 
 def run(folder: Path, log: Path) -> None:
-    """One run in this process, from the start or from the newest good checkpoint; never returns."""
+    """The command in this process; never returns."""
     import torch
 
-    import ftcore
+    from ftcore.cli import run as command
 
     with log.open("a") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     torch.set_num_threads(1)
-    resume = ["resume=last"] if any((folder / "checkpoints").glob("checkpoint-*")) else []
-    if not resume and folder.exists():
-        shutil.rmtree(folder)  # nothing was saved yet: the run begins again
-    try:
-        ftcore.run([*WORDS, f"output_dir='{folder}'", *resume])
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", flush=True)
-        # Killed after its last step: there is nothing left to train, and that is said.
-        os._exit(0 if "has done 8 steps already" in str(error) else 1)
-    os._exit(0)
+    os._exit(command([*WORDS, f"output_dir={folder}"]))
 
 
 def started(folder: Path, log: Path) -> int:

@@ -1,0 +1,124 @@
+"""What changed between the beginning of a run and going on with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftcore import checkpoint, rows, templates
+from ftcore.config import RunConfig
+from ftcore.errors import Refused
+from ftcore.specs import Plan
+
+RECORD, RUN_FILE = "config.yaml", "run.json"
+FREE = frozenset(
+    {
+        *("output_dir", "run", "resume", "gguf", "objective", "prompts", "sampling", "preview", "export", "extra"),
+        *("kernels", "patching", "memory", "memory_limit", "graphs"),
+        *("trainer.max_steps", "trainer.epochs", "trainer.logging_steps", "trainer.save_steps", "trainer.eval_steps"),
+        "trainer.micro_batch",
+    }
+)
+"""Keys that say how long, how fast and how visibly a run trains, but not what it would become by the same step."""
+ENDS = 2**20
+"""Bytes at the front and the end of each file of weights that stand for all: reading many gigabytes takes minutes."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that is not as it was."""
+
+    key: str
+    before: Any
+    now: Any
+
+
+def of_config(run: RunConfig, folder: Path) -> Iterator[Change]:
+    """Keys whose value is not the one that the run in `folder` began with."""
+    old = _flat(yaml.safe_load((folder / RECORD).read_text(encoding="utf-8")) or {})
+    new = _flat(asdict(run))
+    for key in sorted({*old, *new}):
+        parts = key.split(".")
+        free = any(".".join(parts[:count]) in FREE for count in range(1, len(parts) + 1))
+        if not free and old.get(key) != new.get(key):
+            yield Change(key, old.get(key), new.get(key))
+
+
+def of_inputs(plan: Plan) -> Iterator[Change]:
+    """Files that are not those that the run began with."""
+    file = plan.output_dir / RUN_FILE
+    state = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    old = state.get("inputs") or {}
+    new = fingerprints(plan)
+    for key in sorted({*old} & {*new}):
+        if old[key] != new[key]:
+            yield Change(key, old[key], new[key])
+
+
+def fingerprints(plan: Plan) -> dict[str, str]:
+    """Hashes of what a run reads, by the key that names it; what is not on this machine is left out.
+
+    Of files of weights, sizes and both ends count, of all others every byte.
+    """
+    from ftcore import __version__
+
+    found = {"ftcore": __version__.partition(".")[0]}
+    data, model = plan.run.data, plan.run.model
+    if data is not None:
+        for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
+            if path and (files := _local(path, key)):
+                found[key] = _hash(files)
+        if data.template:
+            found["data.template"] = hashlib.sha256(templates.read(data.template).encode()).hexdigest()[:16]
+    if model is not None and (source := checkpoint.find(model, plan.family)).kind in ("path", "package"):
+        place = Path(source.name)
+        folder = place if place.is_dir() else None
+        weights = sorted(folder.glob("*.safetensors")) if folder else [place]
+        config = [folder / "config.json"] if folder else []
+        found["model.weights"] = _hash([*config, *weights], ends=True)
+        names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
+        if folder and (own := [folder / name for name in names if (folder / name).is_file()]):
+            found["model.tokenizer"] = _hash(own)
+    return found
+
+
+def _local(path: Any, key: str) -> list[Path]:
+    try:
+        return [file for one in rows.sources(path, key) for file in rows.local_files(one, key) or ()]
+    except Refused:  # said by another check
+        return []
+
+
+def _hash(files: list[Path], ends: bool = False) -> str:
+    """One hash of the files' names and contents, in their order."""
+    total = hashlib.sha256()
+    for file in files:
+        total.update(file.name.encode())
+        with file.open("rb") as handle:
+            if not ends or file.stat().st_size <= 2 * ENDS:
+                total.update(hashlib.file_digest(handle, "sha256").digest())
+                continue
+            total.update(f"{file.stat().st_size}".encode() + handle.read(ENDS))
+            handle.seek(-ENDS, 2)
+            total.update(handle.read(ENDS))
+    return total.hexdigest()[:16]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys with dots; what is empty counts as null."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        value = value.value if isinstance(value, Enum) else value
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{key}.")
+        elif value not in (None, {}, [], ()):
+            flat[key] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,68 @@
+"""The same command goes on by itself: it finds the run of its own that was interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from ftcore import drift
+from ftcore.config import RunConfig
+from ftcore.locks import is_held
+from ftcore.paths import run_name
+from ftcore.report import note
+from ftcore.run_state import state_of
+from ftcore.training_checkpoint import store
+
+NEVER = "never"
+"""Value of `resume.checkpoint` that starts anew."""
+INTERRUPTED = frozenset({"running", "stopped", "failed"})
+"""States of a run that did not end."""
+BEGUN = ("config.yaml", "run.json", "metrics.jsonl")
+"""What a run leaves that was stopped before it saved anything."""
+
+
+def going_on(run: RunConfig, root: Path = Path("runs")) -> RunConfig:
+    """The config that goes on with an interrupted run of the same command, or `run` itself where there is none.
+
+    In `output_dir`, where that is set; else the newest one under `root` that began with the same config. One that
+    another process still trains is left alone. One that was stopped before its first checkpoint begins again in the
+    same folder, and what it left is moved into `interrupted-1` there, or the next free number.
+    """
+    if run.resume.checkpoint is not None or run.trainer is None or run.model is None:
+        return run
+    for folder in _candidates(run, root):
+        checkpoints = store.all_of(folder / "checkpoints")
+        if checkpoints:
+            note(f"going on with {folder} after step {store.step_of(checkpoints[0])}; resume=never starts anew")
+            return replace(run, output_dir=str(folder), resume=replace(run.resume, checkpoint="last"))
+        if not (folder / "trained").exists() and not list(drift.of_config(run, folder)):
+            note(f"beginning again in {folder}: it was stopped before its first checkpoint")
+            _set_aside(folder)
+            return replace(run, output_dir=str(folder))
+    return run
+
+
+def _set_aside(folder: Path) -> None:
+    number = next(n for n in range(1, 10_000) if not (folder / f"interrupted-{n}").exists())
+    place = folder / f"interrupted-{number}"
+    place.mkdir()
+    for name in BEGUN:
+        if (folder / name).exists():
+            (folder / name).replace(place / name)
+
+
+def _candidates(run: RunConfig, root: Path) -> Iterator[Path]:
+    if run.output_dir is not None:
+        if _interrupted(Path(run.output_dir)):
+            yield Path(run.output_dir)
+        return
+    name = run_name(run)
+    numbered = [(int(n), p) for p in root.glob(f"{name}-*") if (n := p.name.removeprefix(f"{name}-")).isdigit()]
+    for _, folder in sorted(numbered, reverse=True):
+        if _interrupted(folder) and not list(drift.of_config(run, folder)):
+            yield folder
+
+
+def _interrupted(folder: Path) -> bool:
+    return state_of(folder) in INTERRUPTED and (folder / drift.RECORD).is_file() and not is_held(folder)
