@@ -22,8 +22,6 @@ class Gguf:
 
     arch: str
     """llama.cpp's name of the architecture, `general.architecture`."""
-    pre: str | None = None
-    """Pre-tokenizer of the family's byte-level BPE, `tokenizer.ggml.pre`; None tells it from the tokenizer alone."""
     interleaved_rope: bool = False
     """Whether llama.cpp rotates neighbours (2i, 2i + 1) where transformers rotates halves (i, i + d / 2): the rows of
     queries and keys are written in that order."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,10 +39,13 @@ def _dtypes() -> dict[str, torch.dtype]:
 def checkpoint_files(folder: Path) -> list[Path]:
     """The safetensors files of a transformers checkpoint folder, by its index where it has one; empty without any.
 
-    Raises Refused when the index names a file that is not there.
+    Raises Refused when the index names a file that is not there, or one outside the folder.
     """
     if (folder / INDEX).is_file():
         names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        if strange := [name for name in names if name in ("", ".", "..") or re.search(r"[/\\:]", name)]:
+            problem = f"{INDEX} names '{strange[0]}', which is not the name of a file in that folder"
+            raise Refused(Problem(str(folder), problem, "do not use this checkpoint", Exit.DATA))
         files = [folder / name for name in names]
         if missing := [f.name for f in files if not f.is_file()]:
             problem = f"{INDEX} names {missing[0]}, which is not there"

@@ -147,6 +147,13 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         checkpoint_files(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "..", "C:x.safetensors", "a\\b", ""])
+def test_an_index_cannot_name_files_elsewhere(name: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(Refused, match="not the name of a file in that folder"):
+        checkpoint_files(tmp_path)
+
+
 def test_no_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
