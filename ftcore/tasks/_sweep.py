@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from ftcore import pipeline
+from ftcore import foreign_yaml, pipeline
 from ftcore.catalog import installed
 from ftcore.composition import CONF_MODULE, CONFIG_NAME, compose, hydra_overrides, parse, register, typed
 from ftcore.errors import Problem, Refused
@@ -40,6 +40,7 @@ def through_hydra(argv: Sequence[str]) -> None:
     folder, words = split_config_dir(list(argv))
     flags, words = split_flags(words)
     parsed = parse(words)
+    foreign_yaml.check(folder)
     check_overrides(parsed, installed(), recorded=False)
     swept = any(override.is_sweep_override() for override in parsed)
     for override in parsed:

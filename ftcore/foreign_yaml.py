@@ -1,0 +1,105 @@
+"""YAML that ftcore did not ship cannot tell Hydra's own application what to run.
+
+Hydra makes objects and log handlers of what stands under `hydra`, by the name of any function: a recipe of somebody
+else's could so copy or delete files. Their runs' settings are data, and stay open to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ftcore.catalog import installed
+from ftcore.errors import Exit, Problem, refuse
+
+OWN = "ftcore_conf"
+OPEN = frozenset({"run.dir", "sweep.dir", "sweep.subdir"})
+"""Keys under `hydra` that such a file may set: names of folders."""
+SWEEPER = frozenset({"direction", "n_trials", "n_jobs", "max_batch_size", "study_name"})
+"""Keys under `hydra.sweeper` that are numbers and names."""
+SELECTED = ("hydra/sweeper", "hydra/launcher")
+"""What a defaults list may select, by name, of what is installed."""
+CODE = frozenset({"_target_", "_args_", "_partial_", "()", "class"})
+"""Keys by which Hydra and Python's logging name code."""
+
+
+MOST = 10_000
+"""Keys in one file; aliases of aliases would make billions of them."""
+
+
+def check(config_dir: str | None) -> None:
+    """Look through the YAML of `--config-dir` and of other packages.
+
+    Raises Refused for a file that sets what only ftcore and the command line may.
+    """
+    folders = [Path(config_dir)] if config_dir else []
+    for package in installed().conf.values():
+        spec = find_spec(package) if package != OWN else None
+        folders += [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    refuse([problem for folder in folders for file in sorted(folder.rglob("*.y*ml")) for problem in _of(file, folder)])
+
+
+def _of(file: Path, folder: Path) -> Iterator[Problem]:
+    if file.relative_to(folder).parts[0] == "hydra":
+        yield _problem(file, "lies in a folder named hydra")
+        return
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        problem = f"cannot be read: {' '.join(str(error).split())[:160]}"
+        yield Problem(str(file), problem, "mend the file, or take it out", Exit.DATA)
+        return
+    header = next((line for line in text.splitlines() if "@package" in line), "")
+    if "hydra" in header:
+        yield _problem(file, f"is put under hydra: {header.strip()}")
+    if not isinstance(content, Mapping):
+        return
+    for entry in content.get("defaults") or ():
+        for name in entry if isinstance(entry, Mapping) else [entry]:
+            plain = str(name).replace("override ", "").replace("optional ", "").strip(" /").partition("@")
+            if "hydra" in str(name) and (plain[0] not in SELECTED or plain[1]):
+                yield _problem(file, f"selects {name}")
+    keys = set(islice(_flat(content), MOST + 1))
+    if len(keys) > MOST:
+        yield Problem(str(file), f"has more than {MOST} keys", "take it out", Exit.DATA)
+        return
+    for key in sorted(keys):
+        if not _open(key):
+            yield _problem(file, f"sets {key}")
+
+
+def _flat(node: Any, path: str = "") -> Iterator[str]:
+    """All keys with dots; of an empty node, its own."""
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _flat(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        yield path
+        for value in node:
+            if isinstance(value, Mapping):
+                yield from _flat(value, path)
+    else:
+        yield path
+
+
+def _open(key: str) -> bool:
+    parts = key.split(".")
+    if CODE & set(parts):
+        return False
+    if not parts[0].startswith("hydra"):
+        return True
+    rest = ".".join(parts[1:])
+    if rest.startswith("sweeper.params."):
+        return not rest.removeprefix("sweeper.params.").lstrip("+~").startswith("hydra")
+    return rest in OPEN or rest.removeprefix("sweeper.") in SWEEPER
+
+
+def _problem(file: Path, what: str) -> Problem:
+    fix = "write Hydra's own settings on the command line, or take the file out"
+    return Problem(str(file), f"{what}, which only ftcore and the command line may", fix)
