@@ -25,7 +25,10 @@ PLAIN = frozenset({"plugins", "runs", "new"})
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console entry point; exits with the codes of :class:`ftcore.errors.Exit`."""
-    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    code = run(list(sys.argv[1:] if argv is None else argv))
+    if code == 75:
+        _ends_soon()
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:
@@ -62,6 +65,17 @@ def run(argv: list[str]) -> int:
         print(f"ftcore: {error}\n    fix: look at the disk and at your rights there", file=sys.stderr)
         return int(Exit.IO)
     return int(code or 0)
+
+
+def _ends_soon() -> None:
+    """A run that was told to stop: another signal, while Python shuts down, does not change the exit status."""
+    import signal
+    import threading
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def short(message: str, lines: int = 12) -> str:

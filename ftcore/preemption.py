@@ -60,8 +60,9 @@ class StopWhenTold(TrainerCallback):
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if self.told is None:  # else the process is about to end: a signal until then is a Ctrl-C, not a kill
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
     def left(self, run: Path, step: int) -> Preempted:
         """What is raised once the state is saved."""

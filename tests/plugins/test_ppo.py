@@ -130,7 +130,7 @@ def test_padding_changes_nothing(shape, random, gamma, lam) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.floats(0.05, 20), st.floats(-3, 3), st.floats(0.01, 0.9))
+@given(st.floats(0.05, 20), st.floats(-3, 3).map(lambda x: round(x, 6)), st.floats(0.01, 0.9))
 def test_a_ratio_past_the_clip_has_no_gradient(ratio, advantage, clip) -> None:
     new = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     one = torch.ones(1, 1, dtype=torch.float64)
