@@ -270,7 +270,9 @@ def typed(config: DictConfig) -> RunConfig:
 def record(run: RunConfig, folder: Path) -> None:
     """Write the whole config into a run folder, so that `run=FOLDER` finds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).write_text(to_yaml(run), encoding="utf-8")
+    whole = folder / f"{RECORD}.tmp"
+    whole.write_text(to_yaml(run), encoding="utf-8")
+    whole.replace(folder / RECORD)
 
 
 def to_yaml(run: RunConfig) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ftcore import drift
 from ftcore.config import RunConfig
-from ftcore.locks import is_held
+from ftcore.locks import NAME, is_held
 from ftcore.paths import run_name
 from ftcore.report import note
 from ftcore.run_state import state_of
@@ -36,7 +36,8 @@ def going_on(run: RunConfig, root: Path = Path("runs")) -> RunConfig:
         if checkpoints:
             note(f"going on with {folder} after step {store.step_of(checkpoints[0])}; resume=never starts anew")
             return replace(run, output_dir=str(folder), resume=replace(run.resume, checkpoint="last"))
-        if not (folder / "trained").exists() and not list(drift.of_config(run, folder)):
+        recorded = (folder / drift.RECORD).is_file()
+        if not (folder / "trained").exists() and not (recorded and list(drift.of_config(run, folder))):
             note(f"beginning again in {folder}: it was stopped before its first checkpoint")
             _set_aside(folder)
             return replace(run, output_dir=str(folder))
@@ -60,9 +61,12 @@ def _candidates(run: RunConfig, root: Path) -> Iterator[Path]:
     name = run_name(run)
     numbered = [(int(n), p) for p in root.glob(f"{name}-*") if (n := p.name.removeprefix(f"{name}-")).isdigit()]
     for _, folder in sorted(numbered, reverse=True):
-        if _interrupted(folder) and not list(drift.of_config(run, folder)):
+        if _interrupted(folder) and (folder / drift.RECORD).is_file() and not list(drift.of_config(run, folder)):
             yield folder
 
 
 def _interrupted(folder: Path) -> bool:
-    return state_of(folder) in INTERRUPTED and (folder / drift.RECORD).is_file() and not is_held(folder)
+    """Whether a run began there and did not end; one that was killed at once has only its lock to show for it."""
+    state = state_of(folder)
+    begun = state in INTERRUPTED or (state is None and (folder / NAME).is_file())
+    return begun and any((folder / name).exists() for name in BEGUN) and not is_held(folder)

@@ -53,6 +53,7 @@ def main(count: int, seed: int = 0) -> int:
     import trl.trainer.sft_trainer  # noqa: F401
 
     import ftcore.pipeline  # noqa: F401
+    from ftcore.run_state import read_run
 
     draw, lost, kills, runs, seconds = random.Random(seed), 0, 0, 0, 8.0
     with tempfile.TemporaryDirectory() as name:
@@ -73,7 +74,9 @@ def main(count: int, seed: int = 0) -> int:
                     os.kill(pid, signal.SIGKILL)
                     os.waitpid(pid, 0)
                     kills, killed = kills + 1, killed + 1
-                    continue
+                    if (read_run(folder) or {}).get("status") != "done":
+                        continue
+                    code = 0  # killed once all was done and said: there is nothing left to go on with
                 alive = False
                 if killed == 0:
                     seconds = 1.2 * (time.monotonic() - begun)  # what a whole run takes here

@@ -81,6 +81,23 @@ def test_stopped_before_its_first_checkpoint_it_begins_again(interrupted, capsys
     assert steps("run") == [1, 2, 3]
 
 
+def test_killed_before_it_said_that_it_began(interrupted, capsys) -> None:
+    _, words = interrupted
+    shutil.rmtree("run/checkpoints")
+    Path("run/run.json").unlink()
+    assert command(words) == 0
+    assert "beginning again in run" in capsys.readouterr().out
+
+
+def test_a_config_of_somebody_elses_is_left_alone(interrupted, capsys) -> None:
+    _, words = interrupted
+    Path("mine").mkdir()
+    Path("mine/config.yaml").write_text("a: 1")
+    assert command([*(w for w in words if not w.startswith("output_dir")), "output_dir=mine"]) == 2
+    assert "already holds a run (config.yaml)" in capsys.readouterr().err
+    assert Path("mine/config.yaml").read_text() == "a: 1"
+
+
 def test_without_a_folder_the_newest_of_the_same_command_goes_on(interrupted, capsys) -> None:
     _, words = interrupted
     words = [word for word in words if not word.startswith("output_dir")]
