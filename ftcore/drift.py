@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -15,9 +14,10 @@ import yaml
 from ftcore import checkpoint, rows, templates
 from ftcore.config import RunConfig
 from ftcore.errors import Refused
+from ftcore.run_state import read_run
 from ftcore.specs import Plan
 
-RECORD, RUN_FILE = "config.yaml", "run.json"
+RECORD = "config.yaml"
 FREE = frozenset(
     {
         *("output_dir", "run", "resume", "gguf", "objective", "prompts", "sampling", "preview", "export", "extra"),
@@ -53,9 +53,7 @@ def of_config(run: RunConfig, folder: Path) -> Iterator[Change]:
 
 def of_inputs(plan: Plan) -> Iterator[Change]:
     """Files that are not those that the run began with."""
-    file = plan.output_dir / RUN_FILE
-    state = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    old = state.get("inputs") or {}
+    old = (read_run(plan.output_dir) or {}).get("inputs") or {}
     new = fingerprints(plan)
     for key in sorted({*old} & {*new}):
         if old[key] != new[key]:

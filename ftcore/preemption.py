@@ -66,4 +66,4 @@ class StopWhenTold(TrainerCallback):
 
     def left(self, run: Path, step: int) -> Preempted:
         """What is raised once the state is saved."""
-        return Preempted(f"stopped by {self.told} after step {step}\n    fix: resume=last output_dir={run} goes on")
+        return Preempted(f"stopped by {self.told} after step {step}\n    fix: the same command goes on in {run}")

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftcore.merge import ties
 from ftcore.safetensors_file import checkpoint_files, read_weights
 from ftcore.weights import Weight, Weights
 
@@ -42,7 +43,7 @@ def stored(base: Path, adapter: Path | None, config: PretrainedConfig) -> Weight
     strict = _kept_exact(config)
     weights = {n: Weight(w.shape, w.dtype, w.read, any(part in n for part in strict)) for n, w in weights.items()}
     if adapter is not None:
-        merged = _with_adapter(weights, adapter, config)
+        merged = _with_adapter(weights, adapter)
         if isinstance(merged, str):
             return merged
         weights = merged
@@ -59,13 +60,12 @@ def _kept_exact(config: PretrainedConfig) -> tuple[str, ...]:
 
 def _without_ties(weights: dict[str, Weight], config: Any) -> dict[str, Weight]:
     """Old checkpoints hold the head as well as the embedding that it is."""
-    has_own = hasattr(config, "tie_word_embeddings")
-    if (config if has_own else config.get_text_config()).tie_word_embeddings:
+    if ties(config).tie_word_embeddings:
         return {name: weight for name, weight in weights.items() if not name.endswith("lm_head.weight")}
     return weights
 
 
-def _with_adapter(weights: dict[str, Weight], adapter: Path, config: Any) -> dict[str, Weight] | str:
+def _with_adapter(weights: dict[str, Weight], adapter: Path) -> dict[str, Weight] | str:
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     for key, plain in (
         ("use_dora", False),

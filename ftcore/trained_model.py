@@ -117,12 +117,14 @@ class Checkpoint:
         return self._model is None and not isinstance(self._stored_weights(), str)
 
     def _adapter_folder(self) -> Path | None:
-        """The adapter that was trained, by the run's config; None where all weights were."""
+        """The adapter that was trained; None where all weights were, or where it is not saved.
+
+        Of a model in memory `adapter.path` is the adapter that training began with, and what it trained lies in the
+        run folder; of a finished run that is loaded again it is what was trained.
+        """
         path = getattr(self.plan.run.adapter, "path", None)
-        if path:
-            return Path(path)
-        trained = self.plan.output_dir / "trained"
-        return trained if (trained / "adapter_config.json").is_file() else None
+        folder = Path(path) if path and self._load is not None else self.plan.output_dir / "trained"
+        return folder if (folder / "adapter_config.json").is_file() else None
 
     def _base_folder(self) -> Path:
         """The base checkpoint on this machine; a hub id's safetensors are fetched where they are not there."""

@@ -105,8 +105,8 @@ class LlamaCpp:
         self.adds_bos: bool = self.facts["adds_bos"]
         """Whether the file asks for a BOS token in front of every text."""
         self.context: int = self.facts["context"]
-        self.longest: int = min(self.context, self.facts["trained_context"] or self.context)
         """Most tokens in one text: what was asked for, rounded up by llama.cpp."""
+        self.longest: int = min(self.context, self.facts["trained_context"] or self.context)
         self.kind: str = FILE_TYPES.get(self.facts["file_type"], "")
         """Type of most of the weights, as `q8_0`; empty for one that is not in `FILE_TYPES`."""
 

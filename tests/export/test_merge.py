@@ -132,6 +132,19 @@ def test_adapter_over_a_quantized_base_onto_either_weights(tmp_path: Path) -> No
     assert maths.apart(over, original) > 1e-3
 
 
+def test_a_model_in_memory_is_not_merged_with_the_adapter_that_it_began_with(tmp_path: Path) -> None:
+    _, _, first = trained(tmp_path / "first", "+model=llama")
+    words = ("+model=llama", "+quantizer=bnb_nf4", f"adapter.path='{tmp_path / 'first' / 'trained'}'")
+    _, plan, loaded = trained(tmp_path / "run", *words)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    memory = Checkpoint(tokenizer=loaded.tokenizer, plan=plan, model=loaded.model)
+    plain = runs.loaded(["model.tiny=true", "+model=llama", "adapter=full", "kernels=[]"]).model
+    delta = loaded.model.get_base_model().model.layers[0].self_attn.q_proj.get_delta_weight("default").detach()
+    expected = plain.state_dict()[name].float() + delta.float()
+    assert maths.apart(memory.weights(original=True)[name].whole(), expected) < 1e-6
+    assert maths.apart(merged_weights(first.model.get_base_model())[name].float(), expected) > 1e-3
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     whole = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(1000)}, whole)

@@ -324,4 +324,5 @@ def test_a_task_that_can_be_learnt_is_learnt(in_tmp: Path, name: str) -> None:
     rewards = [reward for reward in rewards if reward is not None]
     first, last = (sum(part) / 5 for part in (rewards[:5], rewards[-5:]))
     assert first < 0.4
-    assert last > first + 0.1, (first, last)
+    wanted = 0.75 if name in ("grpo", "online_dpo") else first + 0.1
+    assert last > wanted, (first, last)
