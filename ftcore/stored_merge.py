@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,16 +92,19 @@ def _with_adapter(weights: dict[str, Weight], adapter: Path) -> dict[str, Weight
         path = f"{PREFIX}{name.removesuffix('.weight')}"
         down, up = parts.get(f"{path}.lora_A.weight"), parts.get(f"{path}.lora_B.weight")
         if down is not None and up is not None and name.endswith(".weight"):
-            scale = _scale(settings, path.removeprefix(PREFIX), down.shape[0])
-            merged[name] = _added(weights[name], functools.partial(right, f"{path}.lora_A.weight"), up, scale)
+            factor = scale(settings, path.removeprefix(PREFIX), down.shape[0])
+            merged[name] = _added(weights[name], functools.partial(right, f"{path}.lora_A.weight"), up, factor)
             used |= {f"{path}.lora_A.weight", f"{path}.lora_B.weight"}
     if left := sorted(set(parts) - used):
         return f"{left[0]} belongs to no weight of the checkpoint by its name"
     return merged
 
 
-def _scale(settings: dict[str, Any], path: str, rank: int) -> float:
-    """LoRA's alpha / r, and rsLoRA's alpha / sqrt(r) (arXiv 2312.03732), for one module."""
+def scale(settings: Mapping[str, Any], path: str, rank: int) -> float:
+    """LoRA's alpha / r, and rsLoRA's alpha / sqrt(r) (arXiv 2312.03732), for one module.
+
+    :param settings: an adapter's `adapter_config.json`.
+    """
     from peft.utils.other import get_pattern_key
 
     patterns = settings.get("alpha_pattern") or {}
@@ -109,13 +112,13 @@ def _scale(settings: dict[str, Any], path: str, rank: int) -> float:
     return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _added(weight: Weight, right: Callable[[], torch.Tensor], up: Weight, scale: float) -> Weight:
-    """W + scale B A, `[out, in]`, in float32; `right` gives A, `[r, in]`."""
+def _added(weight: Weight, right: Callable[[], torch.Tensor], up: Weight, factor: float) -> Weight:
+    """W + factor B A, `[out, in]`, in float32; `right` gives A, `[r, in]`."""
 
     def read(start: int, stop: int) -> torch.Tensor:
         import torch
 
         rows: torch.Tensor = weight.read(start, stop).float()
-        return torch.addmm(rows, up.read(start, stop).float(), right(), alpha=scale)
+        return torch.addmm(rows, up.read(start, stop).float(), right(), alpha=factor)
 
     return Weight(weight.shape, weight.dtype, read, weight.exact)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from ftcore import Checkpoint, Plan, Problem, Refused
 from ftcore.merge import ties
 from ftcore.paths import whole_file
 from ftcore.published_names import published
-from ftcore.stored_merge import PREFIX, STARTS
+from ftcore.stored_merge import PREFIX, STARTS, scale
 from ftcore.weights import Weight
 from ftcore_exporters.gguf.tensors import Tensor, changes_of, gguf_name, name_map
 from ftcore_exporters.gguf.writing import write
@@ -95,7 +94,6 @@ def write_lora(checkpoint: Checkpoint, path: Path) -> None:
 def _pairs(checkpoint: Checkpoint) -> dict[str, Pair]:
     """Published names of the adapted weights to their A and B."""
     from peft import get_peft_model_state_dict
-    from peft.utils.other import get_pattern_key
 
     model: Any = checkpoint.model
     settings = model.peft_config[model.active_adapters[0]]
@@ -108,10 +106,8 @@ def _pairs(checkpoint: Checkpoint) -> dict[str, Pair]:
             raise _no_place(key.removeprefix(PREFIX))
         if kind == "A.weight":
             b = state[f"{PREFIX}{layer}.lora_B.weight"]
-            patterns = settings.alpha_pattern or {}
-            strength = patterns.get(get_pattern_key(patterns.keys(), layer), settings.lora_alpha)
-            scale = strength / (math.sqrt(a.shape[0]) if settings.use_rslora else a.shape[0])
-            pairs[_published(checkpoint.base(), f"{layer}.weight", (b.shape[0], a.shape[1]))] = Pair(a, b, scale)
+            factor = scale(settings.to_dict(), layer, a.shape[0])
+            pairs[_published(checkpoint.base(), f"{layer}.weight", (b.shape[0], a.shape[1]))] = Pair(a, b, factor)
     return pairs
 
 
