@@ -20,7 +20,7 @@ HEAD = 3 * 2**28
 
 
 LEAN = (Memory.least, Memory.offload)
-"""Every layer keeps its input only."""
+"""Every layer keeps its input only, and works in tiles of rows."""
 
 
 def apply(plan: Plan, model: Any) -> bool:
@@ -33,6 +33,7 @@ def apply(plan: Plan, model: Any) -> bool:
     if chosen and mode in LEAN:
         for layer in chosen:
             layer.choose, layer.may_record, layer.away = _least, False, mode is Memory.offload
+            layer.tiled = True
         chosen[-1].choose = _least_of_last(model, chosen[-1])
     elif chosen and mode is Memory.auto and plan.device.kind == "cuda":
         Planner(chosen, room(plan, model, chosen), host_room).attach()
@@ -63,7 +64,7 @@ def _least_of_last(model: Any, layer: Recomputing) -> Callable[[int, int], int]:
 
     def choose(rows: int, length: int) -> int:
         levels = layer.levels(rows, length)
-        spare = layer.workspace(rows, length) - head_bytes(model, rows, length)
+        spare = layer.workspace(rows, length, True) - head_bytes(model, rows, length)
         return max(index for index, level in enumerate(levels) if level.kept - levels[0].kept <= max(spare, 0))
 
     return choose
@@ -79,18 +80,18 @@ def _number_of_layers(model: Any) -> int:
     return int(model.config.get_text_config().num_hidden_layers)
 
 
-def room(plan: Plan, model: Any, layers: list[Recomputing]) -> Callable[[int, int, int, bool], int]:
-    """The planner's question: from rows, row length, plans made before, and recording, to bytes for activations."""
+def room(plan: Plan, model: Any, layers: list[Recomputing]) -> Callable[[int, int, int, bool, bool], int]:
+    """The planner's question: from rows, row length, plans made before, recording, and tiles, to activations' bytes."""
     limit, state = plan.run.memory_limit, optimizer_bytes(plan)
     at_first: list[int] = []
 
-    def fills(rows: int, length: int, made: int, recorded: bool) -> int:
+    def fills(rows: int, length: int, made: int, recorded: bool, tiled: bool) -> int:
         trained = [p for p in model.parameters() if p.requires_grad]
         gradients = sum(p.grad.numel() * p.grad.element_size() for p in trained if p.grad is not None)
         at_first.append(_allocated() - gradients)
         # Gradient accumulation may put any number of batches before the first optimizer step.
         there = at_first[-1] - at_first[0] >= 0.9 * state * sum(p.numel() for p in trained)
-        return budget(model, layers, rows, length, 0 if there else state, recorded, limit)
+        return budget(model, layers, rows, length, 0 if there else state, recorded, limit, tiled)
 
     return fills
 
@@ -103,12 +104,14 @@ def budget(
     state: int,
     recorded: bool,
     limit: float | None = None,
+    tiled: bool = False,
 ) -> int:
     """Bytes of GPU memory that activations of a batch may fill, counted at the start of a forward pass.
 
     :param state: Bytes of optimizer state for each trained parameter that are still to come.
     :param recorded: Whether the layers' launches are recorded: then they do not share their memory with the head.
     :param limit: GiB that the process may take in all, if fewer than there are.
+    :param tiled: Whether the layers work in tiles of rows.
     """
     import torch
 
@@ -116,7 +119,7 @@ def budget(
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - allocated
     if limit is not None:
         free = min(free, int(limit * 2**30) - allocated)
-    needs = head_bytes(model, rows, length), max(layer.workspace(rows, length) for layer in layers)
+    needs = head_bytes(model, rows, length), max(layer.workspace(rows, length, tiled) for layer in layers)
     workspace = sum(needs) if recorded else max(needs)
     waiting = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None)
     waiting += state * sum(p.numel() for p in model.parameters() if p.requires_grad)

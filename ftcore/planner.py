@@ -23,6 +23,8 @@ class _Plan(NamedTuple):
     """Whether launches may be recorded."""
     away: bool = False
     """Whether inputs wait in host memory."""
+    tiled: bool = False
+    """Whether layers work in tiles of rows."""
 
 
 @dataclass
@@ -33,9 +35,9 @@ class Planner:
     """
 
     layers: Sequence[Recomputing]
-    budget: Callable[[int, int, int, bool], int]
-    """From rows, row length, the number of plans made before, and whether launches are recorded, to the bytes that
-    activations may fill."""
+    budget: Callable[[int, int, int, bool, bool], int]
+    """From rows, row length, the number of plans made before, whether launches are recorded, and whether layers work in
+    tiles, to the bytes that activations may fill."""
     host: Callable[[], int] = lambda: 0
     """Bytes of host memory that inputs of layers may fill."""
     _plans: dict[tuple[int, int], list[_Plan]] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class Planner:
                 self._now = self._plan(rows, length)
                 for layer in self.layers:
                     layer.may_record, layer.away = self._now.record, self._now.away
+                    layer.tiled = self._now.tiled
             return self._now.levels[index]
 
         return choose
@@ -68,13 +71,16 @@ class Planner:
     def _made(self, rows: int, length: int, before: int) -> _Plan:
         levels = [layer.levels(rows, length) for layer in self.layers]
         everything = [len(of_layer) - 1 for of_layer in levels]
-        # Recorded launches keep memory of their own; where it is short, it is worth more for keeping.
         whole = sum(of_layer[-1].kept for of_layer in levels)
-        if whole <= self.budget(rows, length, before, True):
+        # Recorded launches keep memory of their own; where it is short, it is worth more for keeping.
+        if whole <= self.budget(rows, length, before, True, False):
             return _Plan(everything, True)
-        free = self.budget(rows, length, before, False)
+        if whole <= self.budget(rows, length, before, False, False):
+            return _Plan(everything, False)
+        # Tiles cost next to nothing: before anything is computed again.
+        free = self.budget(rows, length, before, False, True)
         away = 0 if whole <= free else self._moved(rows, length)
-        return _Plan(assign(levels, free + away), False, away > 0)
+        return _Plan(assign(levels, free + away), False, away > 0, True)
 
     def _moved(self, rows: int, length: int) -> int:
         """Bytes of GPU memory that it frees to let inputs wait in host memory, if that has room for them."""

@@ -117,6 +117,8 @@ class Recomputing(Protocol):
     """Whether launches may be recorded, which takes memory of its own."""
     away: bool
     """Whether the input, which every level keeps, waits in host memory for the backward."""
+    tiled: bool
+    """Whether it works in tiles of rows where there are many, which takes less memory for a while."""
 
     @property
     def recorded(self) -> float:
@@ -131,8 +133,8 @@ class Recomputing(Protocol):
         """Bytes of a level that `away` takes off the GPU; 0 where the copies would keep it waiting."""
         ...
 
-    def workspace(self, rows: int, length: int) -> int:
-        """Bytes that one backward pass of the module needs for a while."""
+    def workspace(self, rows: int, length: int, tiled: bool = False) -> int:
+        """Bytes that one backward pass of the module needs for a while; fewer in tiles, where there are many rows."""
         ...
 
     def follow(self, before: Any) -> None:

@@ -159,6 +159,7 @@ class Fake:
     choose: Any = None
     may_record: bool = True
     away: bool = False
+    tiled: bool = False
     followed: Any = "nobody"
 
     def levels(self, rows: int, length: int) -> list[Level]:
@@ -168,14 +169,14 @@ class Fake:
     def moved(self, rows: int, length: int) -> int:
         return 4 * rows * length if rows < 100 else 0
 
-    def workspace(self, rows: int, length: int) -> int:
-        return 7 * rows * length
+    def workspace(self, rows: int, length: int, tiled: bool = False) -> int:
+        return (3 if tiled else 7) * rows * length
 
     def follow(self, before: Any) -> None:
         self.followed = before
 
 
-Question = tuple[int, int, int, bool]
+Question = tuple[int, int, int, bool, bool]
 
 
 def planned(budget: Callable[[Question], int]) -> tuple[Callable[[int, int], list[int]], list[Question], list[Fake]]:
@@ -211,7 +212,11 @@ def test_inputs_wait_in_host_memory_where_not_everything_fits(free, host, rows, 
 def test_the_first_plan_stands_for_two_batches_and_the_second_for_good() -> None:
     forward, asked, _ = planned(lambda question: {0: 40, 2: 50}[question[2]])
     assert [forward(1, 1) for _ in range(6)] == [[0, 0, 1]] * 2 + [[0, 1, 1]] * 4
-    assert asked == [(1, 1, 0, True), (1, 1, 0, False), (1, 1, 2, True), (1, 1, 2, False)]
+    assert asked == [
+        (1, 1, made, recorded, tiled)
+        for made in (0, 2)
+        for recorded, tiled in ((True, False), (False, False), (False, True))
+    ]
 
 
 def test_a_second_plan_may_keep_less() -> None:
@@ -223,12 +228,30 @@ def test_launches_are_recorded_where_everything_is_kept_besides() -> None:
     """Recording takes memory: what it leaves has to hold everything, or there is none."""
     forward, asked, fakes = planned(lambda question: 60)
     assert forward(1, 1) == [1, 1, 1]
-    assert asked == [(1, 1, 0, True)]
+    assert asked == [(1, 1, 0, True, False)]
     assert all(fake.may_record for fake in fakes)
     forward, asked, fakes = planned(lambda question: 59 if question[3] else 60)
     assert forward(1, 1) == [1, 1, 1]
-    assert asked == [(1, 1, 0, True), (1, 1, 0, False)]
+    assert asked == [(1, 1, 0, True, False), (1, 1, 0, False, False)]
     assert not any(fake.may_record for fake in fakes)
+
+
+def test_layers_work_in_tiles_before_anything_is_computed_again() -> None:
+    """What tiles free goes into keeping; where everything fits as it is, there are none."""
+    for free, levels, tiled in ((60, [1, 1, 1], False), (50, [1, 1, 1], True), (49, [0, 1, 1], True)):
+        forward, asked, fakes = planned(lambda question, free=free: free + (10 if question[4] else 0))
+        assert forward(1, 1) == levels
+        assert {fake.tiled for fake in fakes} == {tiled}
+        assert [question[4] for question in asked] == ([False] if not tiled else [False, False, True])
+
+
+def test_tiles_belong_to_the_shape_that_they_were_planned_for() -> None:
+    forward, _, fakes = planned(lambda question: 100)
+    for _ in range(4):
+        forward(1, 1)
+        assert not any(fake.tiled for fake in fakes)
+        forward(2, 2)
+        assert all(fake.tiled for fake in fakes)
 
 
 def test_every_shape_has_a_plan_of_its_own() -> None:
@@ -237,7 +260,7 @@ def test_every_shape_has_a_plan_of_its_own() -> None:
     for _ in range(4):
         for shape, chosen in shapes.items():
             assert forward(*shape) == chosen
-    assert [question[:3] for question in asked if not question[3]] == [
+    assert [question[:3] for question in asked if question[4]] == [
         (2, 2, 0),
         (1, 2, 0),
         (2, 2, 2),
@@ -303,9 +326,11 @@ def test_least_recomputes_within_the_layers() -> None:
     first, last = (layer.ftcore_recompute for layer in layers_of(model))
     assert not (first.may_record or last.may_record), "recording takes memory"
     for rows, length in ((1, 1), (2, 37), (8, 4096), (64, 32768)):
+        assert first.tiled
+        assert last.tiled
         assert first.choose(rows, length) == 0
         levels = last.levels(rows, length)
-        spare = max(last.workspace(rows, length) - memory.head_bytes(model, rows, length), 0)
+        spare = max(last.workspace(rows, length, True) - memory.head_bytes(model, rows, length), 0)
         assert levels[last.choose(rows, length)].kept - levels[0].kept <= spare
 
 
@@ -415,6 +440,76 @@ def test_budget_counts_what_is_still_to_come(monkeypatch) -> None:
     assert left(limit=99) >= left()
 
 
+class OneB:
+    """Llama-3.2-1B's layers under LoRA, without weights."""
+
+    def __init__(self, kind: str = "plain") -> None:
+        from ftcore_kernels.layers.decoder.recompute import Recompute
+
+        def linear(inputs: int, outputs: int) -> torch.nn.Linear:
+            made = torch.nn.Linear(inputs, outputs, bias=False, device="meta")
+            return made.requires_grad_(kind == "full")
+
+        groups = [
+            [linear(2048, width) for width in (2048, 512, 512)], [linear(2048, 2048)],
+            [linear(2048, 8192) for _ in range(2)], [linear(8192, 2048)],
+        ]  # fmt: skip
+        self.layers = [Recompute(groups, head_dim=64, sandwich=False) for _ in range(16)]
+        text = SimpleNamespace(vocab_size=128256, hidden_size=2048)
+        self.config = SimpleNamespace(get_text_config=lambda: text)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return []
+
+    def plan(self, length: int, limit: float) -> list[int]:
+        def budget(rows: int, length: int, made: int, recorded: bool, tiled: bool) -> int:
+            return memory.budget(self, self.layers, rows, length, 0, recorded, limit, tiled)
+
+        Planner(self.layers, budget).attach()
+        return [layer.choose(1, length) for layer in self.layers]
+
+    def takes(self, levels: list[int], length: int, tiled: bool) -> float:
+        """GiB of activations, and of the head or a layer at work."""
+        kept = sum(layer.levels(1, length)[level].kept for layer, level in zip(self.layers, levels, strict=True))
+        at_work = max(self.layers[0].workspace(1, length, tiled), memory.head_bytes(self, 1, length))
+        return (kept + at_work) / 2**30
+
+
+def test_a_limit_admits_longer_rows_in_tiles(monkeypatch) -> None:
+    """Llama-3.2-1B within 4 GiB above its weights; every layer keeps its input only."""
+    Gpu(monkeypatch, free=2**40)
+    model, lengths = OneB(), range(1024, 65537, 1024)
+    longest = {
+        tiled: max(length for length in lengths if model.takes([0] * 16, length, tiled) <= 4 - 2**-5)
+        for tiled in (False, True)
+    }
+    assert longest == {False: 30 * 1024, True: 39 * 1024}
+    levels = model.plan(longest[True], 4)
+    assert all(layer.tiled for layer in model.layers)
+    assert model.takes(levels, longest[True], True) <= 4
+
+
+@pytest.mark.parametrize("limit", [4, 6, 8, 10, 12, 20])
+def test_tiles_never_mean_more_work_or_more_memory_than_the_limit(limit, monkeypatch) -> None:
+    Gpu(monkeypatch, free=2**40)
+    model = OneB()
+    levels = model.plan(16384, limit)
+    tiled = model.layers[0].tiled
+    assert model.takes(levels, 16384, tiled) <= limit
+    assert tiled == (limit < 20), "everything fits into 20 GiB as it is"
+    of_layers = [layer.levels(1, 16384) for layer in model.layers]
+    without = assign(of_layers, memory.budget(model, model.layers, 1, 16384, 0, False, limit))
+    assert again(of_layers, levels) <= again(of_layers, without)
+
+
+@pytest.mark.parametrize(("kind", "tiled"), [("plain", {8192, 16384, 32768}), ("full", {16384, 32768})])
+def test_tiles_where_they_save_memory(kind, tiled) -> None:
+    """The gradients of trained weights are sums in 32 bits, which a few thousand rows do not pay for."""
+    layer = OneB(kind).layers[0]
+    saves = {n for n in (1024, 4096, 8191, 8192, 16384, 32768) if layer.workspace(1, n, True) < layer.workspace(1, n)}
+    assert saves == tiled
+
+
 @pytest.mark.parametrize(("optimizer", "size"), [(Optimizer.sgd, 0), (Optimizer.adamw_8bit, 2), (None, 8)])
 def test_state_of_the_optimizer(optimizer, size) -> None:
     words = [] if optimizer is None else [f"trainer.optimizer={optimizer.value}"]
@@ -465,14 +560,14 @@ def test_the_optimizers_state_is_reserved_until_it_is_there(monkeypatch: pytest.
     asked, allocated = [], [1000]
     monkeypatch.setattr(memory, "_allocated", lambda: allocated[0])
     monkeypatch.setattr(
-        memory, "budget", lambda model, layers, rows, length, state, recorded, limit: asked.append(state)
+        memory, "budget", lambda model, layers, rows, length, state, recorded, limit, tiled: asked.append(state)
     )
     plan = SimpleNamespace(run=SimpleNamespace(memory_limit=None, trainer=None))
     fills = memory.room(plan, model, [])
-    fills(1, 1, 0, False)
+    fills(1, 1, 0, False, False)
     model.weight.grad = torch.zeros(10, 10)
     allocated[0] += 400  # the gradient
-    fills(1, 1, 2, False)  # a third micro-batch, and no step yet
+    fills(1, 1, 2, False, False)  # a third micro-batch, and no step yet
     allocated[0] += 800  # two moments of 100 parameters
-    fills(1, 1, 3, False)
+    fills(1, 1, 3, False, False)
     assert asked == [8, 8, 0]

@@ -17,8 +17,8 @@ from ftcore import Plan, Role, bind
 from ftcore_kernels.layers.decoder.attention import Mask, reading, taken, use
 from ftcore_kernels.layers.decoder.function import run, trained
 from ftcore_kernels.layers.decoder.keep import Keep
+from ftcore_kernels.layers.decoder.parts import Ops
 from ftcore_kernels.layers.decoder.recompute import Recompute
-from ftcore_kernels.layers.decoder.steps import Ops
 from ftcore_kernels.layers.decoder.structure import ACTIVATIONS, Structure
 from ftcore_kernels.layers.kv_cache import cache_in
 from ftcore_kernels.layers.mlp import activation_name
@@ -64,6 +64,7 @@ def forward(
     if graphs is not None and tables and layer.attention.recordable and trained(layer) and graphs.due(key):
         record = graphs.record(key, layer, keep, kind, hidden_states.requires_grad)
         return graphs.replay(record, hidden_states, tables, kind)
+    layer.tile = recompute.tile(hidden_states)
     return run(layer, hidden_states, keep, recompute.host(hidden_states))
 
 
@@ -121,8 +122,9 @@ def install_reference(module: nn.Module, role: Role) -> None:
 
 
 def _install(module: Any, role: Role, package: str) -> None:
-    structure = Structure(role.traits, _ops(package))
+    structure = Structure(role.traits, ops_of(package))
     structure.arrange(module)
+    module.ftcore_structure = structure
     module.ftcore_recompute = Recompute(
         structure.groups(module), module.self_attn.head_dim, "sandwich_norm" in role.traits
     )
@@ -130,7 +132,7 @@ def _install(module: Any, role: Role, package: str) -> None:
     bind(module, forward, structure=structure)
 
 
-def _ops(package: str) -> Ops:
+def ops_of(package: str) -> Ops:
     """The steps of an implementation: each is a function in the module that is named here."""
     homes = {"norm": "norm_steps", "add_norm": "norm_steps", "norm_backward": "norm_steps"}
     homes |= {"lora_rope_backward": "lora_rope", "lora_glu_backward": "lora_glu"}

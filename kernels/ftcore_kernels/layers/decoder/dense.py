@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,16 +20,31 @@ class Dense:
     def __init__(self, ops: Any) -> None:
         self._ops = ops
         self._held: dict[int, torch.Tensor] = {}
+        self._often: frozenset[int] = frozenset()
         self.hold = False
         """Keep what is dequantized for a second use, which lets go of it."""
 
+    @contextmanager
+    def held(self, *several: Fused) -> Iterator[None]:
+        """Until this ends, each of these is dequantized once, however often it is used."""
+        self._often = frozenset(map(id, several))
+        try:
+            yield
+        finally:
+            for each in self._often:
+                self._held.pop(each, None)
+            self._often = frozenset()
+
     def whole(self, fused: Fused, dtype: torch.dtype) -> torch.Tensor | None:
         """The weights and the border below them, `[N + P, K]`; None where they are no one matrix."""
-        if (found := self._held.pop(id(fused), None)) is not None:
+        often = id(fused) in self._often
+        if (found := self._held.get(id(fused))) is not None:
+            if not often:
+                del self._held[id(fused)]
             return found
         if is_nf4(fused.sources[0].base):
             found = self._dequantized(fused, dtype)
-            if self.hold:
+            if self.hold or often:
                 self._held[id(fused)] = found
             return found
         if fused.stack is None:

@@ -13,7 +13,7 @@ from ftcore_kernels.layers.decoder.gradients import Gradients
 from ftcore_kernels.layers.decoder.host import Host
 from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.packing import pack
-from ftcore_kernels.layers.decoder.steps import Layer
+from ftcore_kernels.layers.decoder.parts import Layer
 
 
 def run(layer: Layer, hidden: torch.Tensor, keep: Keep, host: Host | None = None) -> torch.Tensor:
@@ -29,7 +29,8 @@ def run(layer: Layer, hidden: torch.Tensor, keep: Keep, host: Host | None = None
     pack(layer.fused, hidden.dtype)
     if not torch.is_grad_enabled() or not (parameters or hidden.requires_grad):
         with torch.autocast(hidden.device.type, enabled=False):
-            return steps.forward(layer, hidden.contiguous().view(-1, hidden.shape[-1]))[0].view(hidden.shape)
+            rows = hidden.contiguous().view(-1, hidden.shape[-1])
+            return steps.forward(layer, rows, Keep.INPUT)[0].view(hidden.shape)
     out: torch.Tensor = _DecoderLayer.apply(hidden, layer, keep, host, *parameters)
     return out
 
@@ -51,7 +52,7 @@ class _DecoderLayer(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = hidden.contiguous().view(-1, hidden.shape[-1])
         with torch.autocast(hidden.device.type, enabled=False):
-            out, kept = steps.forward(layer, rows)
+            out, kept = steps.forward(layer, rows, keep)
         kept.reduce(keep, layer)
         ctx.away = None
         if host is None:

@@ -39,3 +39,29 @@ class Gradients:
             torch._foreach_copy_(homes, gradients)
             self._waiting.clear()
         return [self._found.get(id(parameter)) for parameter in parameters]
+
+
+class Sums(Gradients):
+    """Gradients that come in parts: added up in fp32 (fp64 for fp64), and rounded once, when they are handed over.
+
+    What a part brings in fp32 is taken over and added to: nobody else may hold it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sums: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
+
+    def __setitem__(self, parameter: nn.Parameter, gradient: torch.Tensor | None) -> None:
+        if gradient is None:
+            return
+        if (found := self._sums.get(id(parameter))) is not None:
+            found[1].add_(gradient)
+        else:
+            wide = torch.promote_types(gradient.dtype, torch.float32)
+            self._sums[id(parameter)] = parameter, gradient.to(wide)
+
+    def hand_over(self, grads: Gradients) -> None:
+        """Leave the sums in `grads`, each let go of as soon as it is there."""
+        while self._sums:
+            _, (parameter, total) = self._sums.popitem()
+            grads[parameter] = total

@@ -22,7 +22,7 @@ from ftcore_kernels.layers.decoder.function import trained
 from ftcore_kernels.layers.decoder.gradients import Gradients
 from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.packing import pack
-from ftcore_kernels.layers.decoder.steps import Kept, Layer
+from ftcore_kernels.layers.decoder.parts import Kept, Layer
 
 SEEN_BEFORE = 2
 """Times a shape runs as usual first."""

@@ -13,6 +13,7 @@ from ftcore_kernels.layers.decoder.host import Host, host_of
 from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.linear import border_for
 from ftcore_kernels.layers.decoder.sources import is_nf4
+from ftcore_kernels.layers.decoder.tiles import rows_of_a_tile
 
 LAUNCH_BOUND = 2e12
 """Floating-point operations of a layer's forward below which launches are recorded.
@@ -32,14 +33,16 @@ class Recompute:
         self.choose: Callable[[int, int], int] | None = None
         self.may_record = True
         self.away = False
+        self.tiled = False
         self.graphs: Graphs | None = None
         bases = [[getattr(linear, "base_layer", linear) for linear in group] for group in groups]
-        self._hidden, self._attended = bases[0][0].in_features, bases[1][0].in_features
-        self._qkv, self._gate_up = (sum(base.out_features for base in bases[index]) for index in (0, 2))
+        self._hidden, self._attended = int(bases[0][0].in_features), int(bases[1][0].in_features)
+        self._qkv, self._gate_up = (sum(int(base.out_features) for base in bases[index]) for index in (0, 2))
         self._borders = border_for(groups[0]), border_for(groups[2])
         """Columns beside the query-key-value and the gate-and-up product."""
         self._heads = self._attended // head_dim
         self._sandwich = sandwich
+        self._mlp = [*bases[2], *bases[3]]
         self._quantized = is_nf4(bases[0][0])
         """Whether the products' weights are dequantized for a while."""
 
@@ -97,9 +100,47 @@ class Recompute:
         ]
         return [Level(tokens * sum(widths[: index + 1]), float(tokens * again[index])) for index in range(len(Keep))]
 
-    def workspace(self, rows: int, length: int) -> int:
+    def tile(self, hidden: torch.Tensor) -> int:
+        """Rows of a tile that the MLP of a batch `[B, S, H]` is computed in; 0 where it is computed whole."""
+        tokens = hidden.shape[0] * hidden.shape[1]
+        if not torch.is_grad_enabled():
+            return rows_of_a_tile(tokens, self._mlp_width)  # nothing is kept: tiles cost nothing
+        return self._tile(tokens) if self.tiled else 0
+
+    def _tile(self, tokens: int) -> int:
+        """In training: where it saves memory."""
+        tile = rows_of_a_tile(tokens, self._mlp_width)
+        return tile if tile and self._in_tiles(tokens, tile) < self._whole(tokens) else 0
+
+    @property
+    def _mlp_width(self) -> int:
+        return self._gate_up + self._borders[1]
+
+    def workspace(self, rows: int, length: int, tiled: bool = False) -> int:
         """Bytes that one backward holds at its peak besides what was kept: counted from the steps."""
+        tokens = rows * length
+        tile = self._tile(tokens) if tiled else 0
+        return self._in_tiles(tokens, tile) if tile else self._whole(tokens)
+
+    def _whole(self, tokens: int) -> int:
         mlp = self._gate_up + self._gate_up // 2 + self._qkv + self._attended + 3 * self._hidden
-        attention = 3 * self._qkv + 2 * self._attended + 3 * self._hidden
         weights = (self._gate_up + self._qkv) * self._hidden if self._quantized else 0
-        return 2 * (rows * length * max(mlp, attention) + weights)
+        return 2 * (tokens * max(mlp, self._attention) + weights)
+
+    def _in_tiles(self, tokens: int, tile: int) -> int:
+        """The same with the MLP in tiles, whose weights are dequantized for all of them at once."""
+        of_a_tile = self._gate_up + self._gate_up // 2 + 3 * self._hidden
+        beside = self._qkv + self._attended + (4 if self._sandwich else 3) * self._hidden
+        weights = 3 * self._gate_up // 2 * self._hidden
+        mlp = 2 * (tile * of_a_tile + tokens * beside)
+        if any(base.weight.requires_grad for base in self._mlp):
+            mlp += 6 * weights  # their gradients: sums in 32 bits, and a tile's part in 16
+        if self._quantized:
+            mlp += 2 * weights
+        held = (self._qkv + self._attended) * self._hidden if self._quantized else 0
+        return max(mlp, 2 * tokens * self._attention) + 2 * held
+
+    @property
+    def _attention(self) -> int:
+        """Columns of the backward through attention."""
+        return 3 * self._qkv + 2 * self._attended + 3 * self._hidden

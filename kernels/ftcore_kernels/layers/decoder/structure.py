@@ -11,9 +11,9 @@ from torch import nn
 from ftcore_kernels.layers.decoder.attention import Mask, choose
 from ftcore_kernels.layers.decoder.fp8 import arrange_fp8
 from ftcore_kernels.layers.decoder.linear import Fused, border_for
+from ftcore_kernels.layers.decoder.parts import Layer, Ops
 from ftcore_kernels.layers.decoder.sources import is_fp8, is_nf4, read
 from ftcore_kernels.layers.decoder.stack import Stack, stack
-from ftcore_kernels.layers.decoder.steps import Layer, Ops
 from ftcore_kernels.layers.mlp import activation_name
 from ftcore_kernels.layers.uncovered import Uncovered
 from ftcore_kernels.reference.lora_glu import Activation
