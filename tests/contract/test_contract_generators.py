@@ -10,6 +10,15 @@ from ftcore.testing import GeneratorContract
 pytest_plugins = ["ftcore.testing"]
 
 
+class TestFast(GeneratorContract):
+    plugin = "generator/fast"
+
+
+class TestFastWithoutAdapter(GeneratorContract):
+    plugin = "generator/fast"
+    settings = ("adapter=full",)
+
+
 class TestTransformers(GeneratorContract):
     plugin = "generator/transformers"
 

@@ -60,7 +60,7 @@ def move(model: Any) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=drawn) * 0.05)
+                parameter.add_((torch.randn(parameter.shape, generator=drawn) * 0.05).to(parameter.device))
                 moved[name] = parameter.detach().clone()
     return moved
 

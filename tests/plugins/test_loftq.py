@@ -22,7 +22,7 @@ LOFTQ = (*NF4, "adapter.init=loftq")
 def originals(words: tuple[str, ...] = LLAMA) -> dict[str, torch.Tensor]:
     """The weights before rounding."""
     model: Any = runs.loaded([*words, "adapter=full"]).model
-    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in model.state_dict().items()}
 
 
 def off(model: Any, original: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -136,7 +136,7 @@ def test_a_run_trains_it_and_what_it_saves_is_a_plain_adapter_of_the_same_4_bit_
     again = runs.reloaded([*LOFTQ], "run")
     later = runs.loaded([*NF4, "adapter.path=run/trained"])
     maths.assert_same_logits(later, again, 1e-6)
-    merged = AutoModelForCausalLM.from_pretrained(result.artifacts[0].path, dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(result.artifacts[0].path, dtype=torch.float32).to(again.model.device)
     batch = runs.batch_for(merged)
     assert maths.apart(runs.logits_of(again.model, batch), runs.logits_of(merged, batch)) < 1e-4
     original = originals()

@@ -107,7 +107,7 @@ def test_windows_that_are_too_short_stay_in_rows(on_cpu, in_tmp: Path, family: s
 
 def test_a_reference_reads_them_too(on_cpu, in_tmp: Path) -> None:
     trainer = trainer_of("grpo", in_tmp, "trainer.beta=0.1")
-    ids, mask = padded()
+    ids, mask = (tensor.to(trainer.model.device) for tensor in padded())
     found = []
     for shared in (False, True):
         trainer.share_prompts = shared

@@ -1,0 +1,56 @@
+"""Keys and values of the tokens so far: for every layer a place for each row, as long as the longest may become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+ALIGNED = 64
+"""Tokens that a row's length is rounded up to."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one layer's keys."""
+
+    heads: int
+    dim: int
+
+    def bytes_of(self, dtype: torch.dtype) -> int:
+        """For the key and the value of one token."""
+        return 2 * self.heads * self.dim * dtype.itemsize
+
+
+class Cache:
+    """`keys[layer]` and `values[layer]` are `[rows, Hkv, length, D]`."""
+
+    def __init__(
+        self, shapes: Sequence[Shape], rows: int, length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.rows, self.length = rows, rounded(length)
+        self.keys, self.values = (
+            [torch.empty((rows, s.heads, self.length, s.dim), dtype=dtype, device=device) for s in shapes]
+            for _ in range(2)
+        )
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> None:
+        """Keep tokens' keys and values `[1, Hkv, T, D]` at their rows and places, int64 `[T]` each."""
+        self.keys[layer][rows, :, places] = k[0].transpose(0, 1)
+        self.values[layer][rows, :, places] = v[0].transpose(0, 1)
+
+    def copy(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
+        """Copy the first tokens of some rows to others, int64 `[N]` each."""
+        for tensor in (*self.keys, *self.values):
+            tensor[targets, :, :length] = tensor[sources, :, :length]
+
+
+def rounded(length: int) -> int:
+    """The length of a row of the cache."""
+    return -(-length // ALIGNED) * ALIGNED
+
+
+def row_bytes(shapes: Sequence[Shape], length: int, dtype: torch.dtype) -> int:
+    """Bytes of one row in all layers."""
+    return rounded(length) * sum(shape.bytes_of(dtype) for shape in shapes)

@@ -1,0 +1,34 @@
+"""A step's launches as one CUDA graph: at these sizes launching costs more than computing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
+"""Kinds of RoPE whose angles do not depend on how long the rows have become, which transformers asks the device."""
+
+
+def recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """Replays the step. It is run once before, so that kernels are compiled and libraries have their memory."""
+    here = torch.cuda.current_stream()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        step()
+    here.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def recordable(config: Any, device: torch.device) -> bool:
+    """Whether a step of the model asks nothing of the host."""
+    if device.type != "cuda":
+        return False
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
+    return all(kind.get("rope_type", "default") in FIXED_ROPE for kind in kinds)

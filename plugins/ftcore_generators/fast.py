@@ -1,0 +1,135 @@
+"""Completions by ftcore's own decoding: the weights that are trained, on the GPU that trains, a CUDA graph a token.
+
+Prompts are read once for all their completions; rows that have ended make room for prompts that wait; the cache of keys
+and values is given back before training goes on. A model whose layers it does not compute is completed by transformers,
+and the reason is printed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ftcore import Completions, GeneratorConfig, Plan, Problem, Sampling, hookimpl
+from ftcore_generators.transformers import TransformersGenerator
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from ftcore_kernels.decoding.engine import Engine
+
+
+@dataclass
+class Config(GeneratorConfig):
+    """The fast generator's settings."""
+
+    batch: int = 256
+    """Completions written at once, if the memory is there."""
+    memory_fraction: float = 0.85
+    """Part of the GPU's free memory that the cache of keys and values may fill while completions are written."""
+    prompt_tokens: int = 8192
+    """Tokens of prompts that are read in one pass."""
+
+
+@hookimpl
+def ftcore_check_plan(plan: Plan) -> list[Problem]:
+    """Numbers that mean something."""
+    return list(_problems(plan.config(Config)))
+
+
+def _problems(config: Config) -> Iterator[Problem]:
+    if config.batch < 1:
+        yield Problem("generator.batch", f"is {config.batch}", "give a number above 0")
+    if not 0 < config.memory_fraction <= 1:
+        message = f"is {config.memory_fraction}"
+        yield Problem("generator.memory_fraction", message, "give a number above 0 and up to 1, such as 0.85")
+    if config.prompt_tokens < 1:
+        yield Problem("generator.prompt_tokens", f"is {config.prompt_tokens}", "give a number above 0")
+
+
+@hookimpl
+def ftcore_make_generator(plan: Plan, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> FastGenerator:
+    """A generator over the model that is trained: no copy."""
+    return FastGenerator(plan, plan.config(Config), model, tokenizer)
+
+
+class FastGenerator:
+    """The engine of `ftcore_kernels.decoding` over the model, or transformers where that has none for it."""
+
+    def __init__(self, plan: Plan, config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._plan, self._config, self._model, self._tokenizer = plan, config, model, tokenizer
+        self._base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+        self._other: TransformersGenerator | None = None
+        self._engine: Engine | None = None
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
+        """One completion per prompt, with the log-probabilities at this temperature."""
+        from ftcore.answers import end_ids, evaluating
+
+        with evaluating(self._model):
+            engine = self._ready()
+            if engine is None:
+                assert self._other is not None
+                return self._other.generate(prompt_ids, sampling)
+            ends = end_ids(self._model, self._tokenizer)
+            try:
+                return engine.run(_requests(prompt_ids, sampling), sampling, ends)
+            finally:
+                engine.close()
+
+    def begin_rollout(self) -> None:
+        """Nothing to take before the prompts are known: they say how long the cache must be."""
+
+    def end_rollout(self) -> None:
+        """Everything was given back with the last completion."""
+
+    def weights_changed(self) -> None:
+        """The weights are the trained ones themselves, read anew for every call."""
+
+    def _ready(self) -> Engine | None:
+        """The engine with the weights of now, or None where transformers has to do it."""
+        from ftcore_kernels.decoding.engine import Limits, fitting
+        from ftcore_kernels.layers.uncovered import Uncovered
+
+        if self._other is not None:
+            return None
+        try:
+            if self._plan.family.vision is not None:
+                raise Uncovered("the family reads images")
+            if self._engine is None:
+                memory = self._memory if self._base.device.type == "cuda" else None
+                limits = Limits(self._config.batch, self._config.prompt_tokens, memory)
+                self._engine = fitting(self._base, self._plan.family.roles, limits)
+            self._engine.open()
+            return self._engine
+        except Uncovered as reason:
+            print(f"generator: transformers writes the completions, because {reason}")
+            self._engine, self._other = None, TransformersGenerator(self._model, self._tokenizer, self._config.batch)
+            return None
+
+    def _memory(self) -> int:
+        """Bytes that the cache may take now."""
+        import torch
+
+        device = self._base.device
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        limit = self._plan.run.memory_limit
+        if limit is not None:
+            free = min(free, int(limit * 2**30) - torch.cuda.memory_allocated(device))
+        return max(0, int(self._config.memory_fraction * free))
+
+
+def _requests(prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Any]:
+    """One for each prompt, with a seed of its own from torch's generator, which the run's seed governs."""
+    import torch
+
+    from ftcore_kernels.decoding.requests import Request
+
+    seeds = torch.randint(0, 2**32, (len(prompt_ids),)).tolist()
+    return [
+        Request(index, tuple(prompt), sampling.max_new_tokens, seed)
+        for index, (prompt, seed) in enumerate(zip(prompt_ids, seeds, strict=True))
+    ]

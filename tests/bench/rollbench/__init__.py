@@ -1,0 +1,1 @@
+"""How fast completions are written."""
