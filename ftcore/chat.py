@@ -38,11 +38,17 @@ class Rendered:
 def render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], generate: bool = False, tools: Any = None
 ) -> str:
-    """The conversation as text, through the tokenizer's chat template in transformers' sandbox.
+    """The conversation as text, through the tokenizer's chat template in a sandbox with limits.
 
     Raises Refused when there is no template, or when it does not take the conversation.
     """
     return _render(tokenizer, messages, tools, add_generation_prompt=generate)[0]
+
+
+def marked_texts(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[str]:
+    """What stands between the template's own `generation` marks, in their order. Raises Refused as `render` does."""
+    text, marks = _render(tokenizer, messages, None)
+    return [text[start:end] for start, end in marks]
 
 
 def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -163,7 +169,7 @@ def _as_marked(encoder: Encoder, messages: Sequence[Message], tools: Any, stray:
         )
         fix = "name a template made for training, such as data.template=qwen3_training, or a .jinja file of your own"
         raise Refused(Problem("data", message, fix, Exit.DATA))
-    text, marks = _render(encoder.tokenizer, messages, tools, return_assistant_tokens_mask=True)
+    text, marks = _render(encoder.tokenizer, messages, tools)
     spans = []
     for start, end in marks:
         opened = next((t for t in encoder.turns if text.startswith(t, start)), "")  # the template's, not an answer's
@@ -212,7 +218,9 @@ def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any, **options: Any
 ) -> tuple[str, list[Span]]:
     from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
+
+    from ftcore.template_limits import TooMuch
+    from ftcore.template_sandbox import rendered
 
     if not tokenizer.chat_template:
         message = "the rows are conversations, but the tokenizer has no chat template"
@@ -220,15 +228,12 @@ def _render(
         raise Refused(Problem("data.template", message, fix, Exit.DATA))
     template = tokenizer.get_chat_template(tools=tools)
     try:
-        texts, marks = render_jinja_template(
-            [[{key: value for key, value in message.items() if value is not None} for message in messages]],
-            tools=tools or None,
-            chat_template=template,
-            **options,
-            **tokenizer.special_tokens_map,
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        return rendered(template, messages, tools=tools or None, **options, **tokenizer.special_tokens_map)
+    except TooMuch as error:
+        fix = "set another data.template; look at this one before you use the model elsewhere"
+        message = f"the chat template, given this row, {error}"
+        raise Refused(Problem("data.template", message, fix, Exit.DATA)) from error
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
         fix = "change the row to what the template takes, or set another data.template"
         raise Refused(Problem("data", f"the chat template does not take this row: {reason}", fix, Exit.DATA)) from error
-    return texts[0], [tuple(mark) for mark in marks[0]] if marks else []

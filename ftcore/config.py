@@ -37,6 +37,13 @@ class Optimizer(Enum):
     sgd = "sgd"
 
 
+class BadRows(Enum):
+    """What a bad row does to a run."""
+
+    stop = "stop"
+    quarantine = "quarantine"
+
+
 @dataclass
 class PluginConfig:
     """What every option has."""
@@ -110,6 +117,15 @@ class DataConfig(PluginConfig):
     """With `data=auto`: the format to use instead of detecting one."""
     template: str | None = None
     """Chat template: a .jinja file, or a name such as `chatml` or `qwen3_training`; null takes the tokenizer's own."""
+    bad_rows: BadRows = BadRows.stop
+    """What a bad row does: `stop` ends the run before any weight is read, `quarantine` puts up to 1 % of the rows aside
+    and writes where they are and what is wrong with them to `bad_rows.jsonl` in the run folder."""
+    min_trained: float = 0.01
+    """Part of the tokens that must be trained for a run to begin; fewer mostly means that the wrong ones are masked."""
+    allow_roots: list[str] = field(default_factory=list)
+    """Further folders whose files rows may name; the folder of the rows and what is in it always counts."""
+    allow_hosts: list[str] = field(default_factory=list)
+    """Hosts whose images and recordings rows may name by http or https, such as `images.example.org`; no others."""
 
 
 @dataclass

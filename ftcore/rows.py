@@ -1,8 +1,8 @@
-"""Raw rows, one at a time with file and line, without torch or datasets: for checks before anything loads."""
+"""Where rows are: local files, hub ids, and the place of a row that is at fault; without torch or datasets."""
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ftcore.errors import Exit, Problem, Refused
+from ftcore.readers import Row as Row
+from ftcore.readers import iter_rows as iter_rows
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 """File ending to the builder of `datasets` that reads it."""
-
-Row = Mapping[str, Any]
 
 
 def sources(path: Any, key: str = "data.path") -> list[str]:
@@ -84,40 +84,51 @@ def hub_rows(path: str, split: str, key: str = "data.path", subset: str | None =
         raise Refused(
             Problem(key, message, "give a local file, or check the hub id and data.split", Exit.MISSING_INPUT)
         ) from error
-    for number, row in enumerate(stream, 1):
+    # Undecoded: `datasets` would open, or fetch, whatever the path of an image or a recording says.
+    for number, row in enumerate(stream.decode(False), 1):
         yield f"{path} row {number}", row
 
 
-def iter_rows(file: Path) -> Iterator[tuple[str, Row]]:
-    """(file:line, row) of a file. Raises Refused at the first row that cannot be read."""
-    if file.suffix == ".jsonl":
-        yield from _jsonl(file)
-    elif file.suffix == ".json":
-        yield from _json(file)
-    elif file.suffix in (".csv", ".tsv"):
-        yield from _csv(file, "\t" if file.suffix == ".tsv" else ",")
-    elif file.suffix == ".txt":
-        for number, line in _lines(file):
-            if line.strip():
-                yield f"{file}:{number}", {"text": line.rstrip("\r\n")}
-    else:
-        yield from _parquet(file)
+class Places:
+    """Where in local files a row stands, looked for only once it is at fault.
 
-
-def place_of(row: Row, path: str, media: Sequence[str] = (), columns: Mapping[str, str] | None = None) -> str | None:
-    """file:line of the first row in local files that is this one, whatever nulls `datasets` added; else None.
-
-    :param columns: `data.columns`, by whose names the row is given.
+    :param columns: `data.columns`, by whose names the rows are given.
     """
-    from ftcore.columns import named
-    from ftcore.media import resolved
 
-    wanted = _without_nulls(row)
-    for file in local_files(path) or ():
-        for place, found in iter_rows(file):
-            if _without_nulls(resolved(named(found, columns or {}), media, file.parent)) == wanted:
-                return place
-    return None
+    def __init__(
+        self, paths: Sequence[str], media: Sequence[str] = (), columns: Mapping[str, str] | None = None
+    ) -> None:
+        self._paths, self._media, self._columns = paths, media, columns or {}
+        self._index: dict[str, list[str]] | None = None
+
+    def of(self, row: Row, many: bool = False) -> str | None:
+        """file:line of the first row that is this one, whatever nulls `datasets` added; else None.
+
+        :param many: it will be asked of many rows, so that all places are noted at once.
+        """
+        wanted = _without_nulls(row)
+        if not many:
+            return next((place for place, found in self._all() if found == wanted), None)
+        if self._index is None:
+            self._index = {}
+            for place, found in self._all():
+                self._index.setdefault(_digest(found), []).append(place)
+        places = self._index.get(_digest(wanted)) or []
+        # Rows that are the same are asked for in their order.
+        return (places.pop(0) if len(places) > 1 else places[0]) if places else self.of(row)
+
+    def _all(self) -> Iterator[tuple[str, Any]]:
+        from ftcore.columns import named
+        from ftcore.media import resolved
+
+        for path in self._paths:
+            for file in local_files(path) or ():
+                for place, row in iter_rows(file, aside=lambda problem: None):
+                    yield place, _without_nulls(resolved(named(row, self._columns), self._media, file.parent))
+
+
+def _digest(row: Any) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True, default=repr).encode()).hexdigest()
 
 
 def _without_nulls(value: Any) -> Any:
@@ -130,108 +141,6 @@ def row_problem(place: str, reason: str, note: str = "") -> Problem:
     """What a format's check found, as a problem: a second line of the reason is the fix."""
     message, _, fix = reason.partition("\n")
     return Problem(place, f"{message}{note}", fix or "mend the row, or take it out", Exit.DATA)
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    # Read bytes: a line that is not UTF-8 must be named, not end the whole file.
-    with file.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            try:
-                yield number, raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise _bad(
-                    f"{file}:{number}", f"is not UTF-8 (byte {error.start + 1} of the line)", "save the file as UTF-8"
-                ) from error
-
-
-def _jsonl(file: Path) -> Iterator[tuple[str, Row]]:
-    for number, line in _lines(file):
-        if line.strip():
-            place = f"{file}:{number}"
-            yield (
-                place,
-                _mapping(_parsed(line, file, number, "a .jsonl file has one whole JSON object in each line"), place),
-            )
-
-
-def _json(file: Path) -> Iterator[tuple[str, Row]]:
-    text = "".join(line for _, line in _lines(file))
-    if _object_per_line(text):
-        yield from _jsonl(file)
-        return
-    rows = _parsed(text, file, 1, "a .json file is one list of objects")
-    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
-        rows = rows["data"]
-    if not isinstance(rows, list):
-        raise _bad(
-            str(file), "holds no list of rows", "a .json file is one list of objects; use .jsonl for one object a line"
-        )
-    for number, row in enumerate(rows, 1):
-        place = f"{file}: row {number}"
-        yield place, _mapping(row, place)
-
-
-def _object_per_line(text: str) -> bool:
-    """Whether the text is JSON lines under the ending of JSON: its first line is one whole object, and more follow."""
-    first, _, rest = text.partition("\n")
-    try:
-        return bool(rest.strip()) and isinstance(json.loads(first), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _parsed(text: str, file: Path, first_line: int, form: str) -> Any:
-    place = f"{file}:{first_line}"
-    if text.startswith("\ufeff"):
-        raise _bad(place, "starts with a byte order mark", "save the file as UTF-8 without a byte order mark")
-    try:
-        return json.loads(text.rstrip())
-    except json.JSONDecodeError as error:
-        raise _bad(
-            f"{file}:{first_line + error.lineno - 1}", f"is not JSON: {error.msg} at column {error.colno}", form
-        ) from error
-    except RecursionError as error:
-        raise _bad(place, "is nested too deeply to be read", form) from error
-
-
-def _csv(file: Path, delimiter: str) -> Iterator[tuple[str, Row]]:
-    # Tables are read by pandas in the end, which takes a byte order mark; the csv module does not.
-    reader = csv.DictReader((line.removeprefix("\ufeff") for _, line in _lines(file)), delimiter=delimiter)
-    try:
-        for row in reader:
-            if None in row:
-                message = f"has more fields than the {len(reader.fieldnames or ())} columns of the first line"
-                raise _bad(f"{file}:{reader.line_num}", message, 'put text that holds a separator in "quotes"')
-            yield f"{file}:{reader.line_num}", row
-    except csv.Error as error:
-        raise _bad(f"{file}:{reader.line_num}", f"cannot be read: {error}", "save the rows as .jsonl") from error
-
-
-def _parquet(file: Path) -> Iterator[tuple[str, Row]]:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{file}: row {number}", row
-    except pyarrow.ArrowException as error:
-        message = f"cannot be read as parquet: {str(error).partition('.')[0]}"
-        raise _bad(str(file), message, "write the file again, or give the rows as .jsonl") from error
-
-
-def _mapping(row: Any, place: str) -> Row:
-    if not isinstance(row, dict):
-        names = {"NoneType": "null", "bool": "true or false", "int": "a number", "float": "a number"}
-        name = type(row).__name__
-        raise _bad(place, f"is {names.get(name, f'a {name}')}, not an object", 'each row looks like {"column": value}')
-    return row
-
-
-def _bad(place: str, message: str, fix: str) -> Refused:
-    return Refused(Problem(place, message, fix, Exit.DATA))
 
 
 def beside(place: Path) -> str:

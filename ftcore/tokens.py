@@ -81,7 +81,7 @@ class RowTokenizer:
         """With the end token, where the text ends with an answer that the template does not close."""
         assert self._chat is not None
         ids, labels = masked(self._chat, rendered)
-        answered = rendered.spans[-1][1] == len(rendered.text)
+        answered = bool(rendered.spans) and rendered.spans[-1][1] == len(rendered.text)
         closed = any(map(rendered.text.endswith, self._chat.control))
         return _with_end(self.tokenizer, ids, labels) if answered and not closed else (ids, labels)
 

@@ -201,9 +201,12 @@ class ImageRowTokenizer(RowTokenizer):
         return made
 
     def _opened(self, source: Any) -> Image:
+        import PIL.Image
+
         try:
             return opened(source)
-        except OSError as error:  # what PIL raises, and what a file that went since raises
+        # What PIL raises, and what a file that went since raises.
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise Refused(Problem("data", f"an image cannot be read: {error}", "replace it", Exit.DATA)) from error
 
     def _expanded(self, rendered: Rendered, images: Sequence[Image]) -> Rendered:

@@ -7,6 +7,6 @@ from types import ModuleType
 
 def modules() -> tuple[ModuleType, ...]:
     """The modules with core's hookimpls."""
-    from ftcore.defaults import checks, data, model, optimizer, train
+    from ftcore.defaults import checks, data, format_data, model, optimizer, train
 
-    return checks, model, data, optimizer, train
+    return checks, model, data, format_data, optimizer, train

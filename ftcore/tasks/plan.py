@@ -90,7 +90,7 @@ def _count_rows(plan: Plan) -> int | None:
     places = [local_files(path) for path in sources(plan.run.data.path or plan.format.sample)]
     if None in places:
         return None
-    rows = sum(1 for files in places for file in files or () for _ in iter_rows(file))
+    rows = sum(1 for files in places for file in files or () for _ in iter_rows(file, lambda problem: None))
     held = plan.run.data.eval_size if not plan.run.data.eval_path else 0
     return rows - math.ceil(rows * held if held < 1 else held)
 
@@ -112,7 +112,8 @@ def _or_unknown(number: int | None) -> str:
 
 
 def _show_patches(patches: PatchReport) -> None:
-    claimed = [(role, f"{kernel} on {count} modules") for (role, kernel), count in patches.counts().items()]
+    counts = patches.counts().items()
+    claimed = [(role, f"{kernel} on {count} module{'s' if count > 1 else ''}") for (role, kernel), count in counts]
     # What a whole layer took over runs in its kernel; only the rest is transformers' own.
     skipped = [
         (skip.role, skip.reason if skip.reason == INSIDE else f"plain transformers: {skip.reason}")

@@ -6,9 +6,10 @@ A `speaker`, where one is named, tells a model that speaks whose voice it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ftcore import DataConfig, DataFormat, Shape, hookimpl
+from ftcore import DataConfig, DataFormat, Refused, Shape, hookimpl
 from ftcore_data._rows import Row, first, kind, missing, missing_all, not_text, sample
 
 WORDS = ("text", "transcription", "transcript", "sentence")
@@ -34,6 +35,7 @@ def ftcore_data_format() -> DataFormat:
         over={"text": ("audio",)},
         columns=("audio", *WORDS, *SPEAKERS),
         media=("audio",),
+        opens="ftcore_data.audio:opens",
     )
 
 
@@ -47,6 +49,23 @@ def check(row: Row) -> str | None:
     if not _is_audio(row["audio"]):
         return f"column 'audio' is {kind(row['audio'])}, not a recording\ngive the path of a sound file"
     return not_text(row, column)
+
+
+def opens(source: Path | bytes) -> str | None:
+    """Why a file is no recording, with the fix in a second line; None when it is one. Only its head is read.
+
+    :param source: path or bytes.
+    """
+    from ftcore.audio import length
+
+    try:
+        length(source)
+    except Refused as refused:
+        name = "its bytes are no recording" if isinstance(source, bytes) else f"{source} is no recording"
+        problem = refused.problems[0]
+        detail = problem.message.partition(": ")[2]
+        return f"{name} that can be read{f' ({detail})' if detail else ''}\n{problem.fix}"
+    return None
 
 
 def convert(row: Row) -> dict[str, Any]:

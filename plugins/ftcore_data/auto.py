@@ -8,8 +8,10 @@ from itertools import islice
 from ftcore import DataConfig, DataFormat, Problem, Refused, hookimpl
 from ftcore.catalog import installed, nearest
 from ftcore.columns import own_names, renamed
+from ftcore.config import BadRows
 from ftcore.errors import Exit
 from ftcore.manager import import_function
+from ftcore.readers import stop
 from ftcore.rows import hub_rows, iter_rows, local_files, row_problem, sources
 from ftcore_data._rows import OTHER_FORMAT, Row
 
@@ -67,6 +69,9 @@ def _detect(path: str, config: Config, forms: list[DataFormat]) -> DataFormat:
     rows = _first_rows(path, config)
     if not rows:
         raise Refused(Problem(path, "holds no rows", "give a file with at least one row", Exit.DATA))
+    if config.bad_rows is BadRows.quarantine:  # a row that no format takes says nothing about the others
+        checks = [import_function(form.check, "data") for form in forms]
+        rows = [placed for placed in rows if any(check(placed[1]) is None for check in checks)] or rows
     misfits = [(form, *bad) for form in forms if (bad := _first_misfit(form, rows)) is not None]
     fitting = [form for form in forms if form.name not in {misfit[0].name for misfit in misfits}]
     # A format that a row's columns point to is meant, even where the row is a bad one of it.
@@ -115,8 +120,13 @@ def _first_rows(path: str, config: Config) -> list[Placed]:
     if files is None:
         rows = hub_rows(path, config.split, subset=config.subset)
     else:
-        rows = (row for file in files for row in iter_rows(file))
+        aside = _forget if config.bad_rows is BadRows.quarantine else stop
+        rows = (row for file in files for row in iter_rows(file, aside))
     return list(islice(renamed(rows, config.columns), LOOKED_AT))
+
+
+def _forget(problem: Problem) -> None:
+    """A row that cannot be read is put aside where the rows are checked."""
 
 
 def _closest(rows: list[Placed], misfits: list[tuple[DataFormat, int, str]], config: Config) -> Problem:

@@ -115,7 +115,9 @@ def _parts(content: Any) -> list[Message]:
             text = words.strip("\n") if HERE in content else words
             made += [{"type": "text", "text": text}] if text else []
         return made
-    parts = [{key: value for key, value in part.items() if value is not None} for part in content or ()]
+    # A place for an image says nothing else: the images are those of the column, whatever a part names.
+    filled = ({key: value for key, value in part.items() if value is not None} for part in content or ())
+    parts = [{"type": "image"} if part.get("type") == "image" else part for part in filled]
     return [piece for part in parts for piece in (_parts(part["text"]) if part.get("type") == "text" else [part])]
 
 
@@ -129,6 +131,8 @@ def opens(source: Path | bytes) -> str | None:
     try:
         with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.verify()
+    except PIL.Image.DecompressionBombError as error:
+        return f"{'an image' if isinstance(source, bytes) else source} is too large ({error})\ngive a smaller one"
     except (OSError, SyntaxError, ValueError) as error:  # what PIL's readers raise for damaged files
         name = "its bytes" if isinstance(source, bytes) else str(source)
         reason = "are no image" if isinstance(source, bytes) else "is no image"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -43,9 +44,11 @@ def check(row: Row) -> str | None:
         return reason
     label = row["label"]
     for one in label if isinstance(label, list) else [label]:
-        if not isinstance(one, (str, int, float)) or (isinstance(one, str) and not one.strip()):
+        nothing = isinstance(one, str) and not one.strip()
+        unreal = isinstance(one, float) and not math.isfinite(one)
+        if not isinstance(one, (str, int, float)) or nothing or unreal:
             fix = "give the name or the number of the class, or take the row out"
-            return f"column 'label' is {'empty' if one == '' else kind(one)}, not a class\n{fix}"
+            return f"column 'label' is {'empty' if one == '' else one if unreal else kind(one)}, not a class\n{fix}"
     return None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ftcore import Plan, Refused
 from ftcore.columns import renamed
 from ftcore.manager import import_function
-from ftcore.media import resolved
+from ftcore.media import Reach, is_link, missing, paths_of, resolved
 from ftcore.rows import iter_rows, local_files, sources
 
 Placed = tuple[str, dict[str, Any]]
@@ -28,15 +28,17 @@ def all_local(plan: Plan) -> bool:
 
 
 def converted(plan: Plan) -> Iterator[Placed]:
-    """Place and columns of every good row of the local files; core's checks name the bad ones."""
+    """Place and columns of every good row of the local files: core's checks name the bad ones, links are read later."""
     form, data = plan.format, plan.run.data
     assert form is not None and data is not None
     check, convert = import_function(form.check, "data"), import_function(form.convert, "data")
+    reach = Reach.of(data)
     for path in paths(plan):
         for file in _files(path) or ():
             try:
-                for place, row in renamed(iter_rows(file), data.columns):
-                    if check(row) is None:
+                for place, row in renamed(iter_rows(file, lambda problem: None), data.columns):
+                    linked = any(map(is_link, paths_of(row, form.media)))
+                    if not linked and (check(row) or missing(row, form.media, file.parent, reach)) is None:
                         yield place, convert(resolved(row, form.media, file.parent))
             except Refused:
                 continue

@@ -58,9 +58,10 @@ plain = st.text(
 )
 
 
-@settings(max_examples=100, deadline=None)
-@given(turns=st.lists(plain, min_size=2, max_size=6), system=st.none() | plain)
-def test_any_conversation_is_masked_exactly(turns: list[str], system: str | None) -> None:
+turns_of = st.lists(plain, min_size=2, max_size=6)
+
+
+def is_masked_exactly(turns: list[str], system: str | None) -> None:
     row = messages(*turns)
     if system:
         row["messages"].insert(0, {"role": "system", "content": system})  # type: ignore[attr-defined]
@@ -68,6 +69,19 @@ def test_any_conversation_is_masked_exactly(turns: list[str], system: str | None
     assert trained_text(tokens) == "".join(f"{t}<|im_end|>" for t in turns[1::2])
     assert TOKENIZER.decode(tokens["input_ids"]).startswith("<|im_start|>")
     assert all(label in (IGNORED, token) for token, label in zip(tokens["input_ids"], tokens["labels"], strict=True))
+
+
+@settings(max_examples=100, deadline=None)
+@given(turns=turns_of, system=st.none() | plain)
+def test_any_conversation_is_masked_exactly(turns: list[str], system: str | None) -> None:
+    is_masked_exactly(turns, system)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None)
+@given(turns=turns_of, system=st.none() | plain)
+def test_a_thousand_conversations_are_masked_exactly(turns: list[str], system: str | None) -> None:
+    is_masked_exactly(turns, system)
 
 
 def test_a_template_that_rewrites_the_question_is_refused() -> None:

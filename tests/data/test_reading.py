@@ -150,6 +150,9 @@ def test_media_are_found_beside_the_rows(in_tmp: Path) -> None:
     with pytest.raises(Refused, match=r"rows\.jsonl:1: column 'audio': there is no file a\.wav"):
         preview.main([*TINY[:2], "data.path=elsewhere/rows.jsonl"])
     Path("elsewhere/a.wav").write_bytes(b"RIFF")
+    with pytest.raises(Refused, match=r"rows\.jsonl:1: elsewhere/a\.wav is no recording that can be read"):
+        preview.main([*TINY[:2], "data.path=elsewhere/rows.jsonl"])
+    Path("elsewhere/a.wav").write_bytes((FIXTURES / "media/low.wav").read_bytes())
     assert preview.main([*TINY[:2], "data.path=elsewhere/rows.jsonl"]) == 0
 
 

@@ -158,6 +158,7 @@ def two_of(turns: list[str]) -> list[str]:
     return turns if len(turns) % 2 == 0 else turns[:-1]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_hundred_conversations(name: str, kind: str) -> None:
@@ -168,6 +169,78 @@ def test_a_hundred_conversations(name: str, kind: str) -> None:
         check(name, kind, two_of(turns), system)
 
     holds()
+
+
+def is_prefix(tokenize: RowTokenizer, turns: list[str], family: Family) -> None:
+    """A conversation's tokens, up to the end of its last answer, are the first of those of one that goes on."""
+    tok = tokenize.tokenizer
+    whole = tokenize({"messages": conversation(turns, None)})
+    for count in range(2, len(turns), 2):
+        part = tokenize({"messages": conversation(turns[:count], None)})[-1]
+        closing = len(tok(family.closes, add_special_tokens=False)["input_ids"]) if family.closes else 0
+        trained = [place for place, label in enumerate(part["labels"]) if label != IGNORED]
+        ids = part["input_ids"][: trained[-1] + 1 - closing]
+        # Where earlier answers are written otherwise, each has a text of its own, which is the conversation up to it.
+        longer = whole[count // 2 - 1] if family.rewrites else whole[-1]
+        assert longer["input_ids"][: len(ids)] == ids
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_conversation_begins_a_longer_one(name: str) -> None:
+    tokenize = RowTokenizer(FAMILIES[name].tokenizer("bpe", name), Shape.MESSAGES, 10**6)
+
+    @settings(max_examples=8, deadline=None, suppress_health_check=SLOW_DOWN, derandomize=True)
+    @given(turns=st.lists(said, min_size=4, max_size=6))
+    def holds(turns: list[str]) -> None:
+        assume(not (forbidden := FAMILIES[name].forbids) or not any(forbidden in turn for turn in turns))
+        is_prefix(tokenize, two_of(turns), FAMILIES[name])
+
+    holds()
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Any:
+    """The one tokenizer of a real checkpoint that needs no download."""
+    from ftcore import hooks as h
+    from ftcore import pipeline
+    from ftcore.composition import compose, typed
+
+    hooks, plan = pipeline.prepare(typed(compose(["+model=smollm2", "+trainer=sft"])))
+    return hooks.first(h.ftcore_load_tokenizer, plan=plan)
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_real_tokenizer(count: int, smollm2: Any) -> None:
+    family = Family(ends("<|im_end|>"), "<|im_start|>", "<|im_end|>", ())
+    tokenize = RowTokenizer(smollm2, Shape.MESSAGES, 10**6)
+
+    def written(text: str) -> bool:  # SmolLM2's vocabulary lacks some bytes, such as that of U+001D
+        ids = smollm2(text, add_special_tokens=False)["input_ids"]
+        return bool(smollm2.decode(ids, skip_special_tokens=False) == text)
+
+    @settings(max_examples=count, deadline=None, suppress_health_check=SLOW_DOWN, derandomize=count < 1000)
+    @given(turns=st.lists(said.filter(written), min_size=2, max_size=6))
+    def holds(turns: list[str]) -> None:
+        (row,) = tokenize({"messages": conversation(two_of(turns), "Be kind.")})
+        assert trained(smollm2, row) == "".join(map(family.answer, two_of(turns)[1::2]))
+        is_prefix(tokenize, two_of(turns), family)
+
+    holds()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_template_fits_the_tokenizer_that_it_was_made_for(name: str) -> None:
+    """The checks of tokenizer and template find nothing in what the model makers bring."""
+    from ftcore.template_facts import Probe, marks_astray, split_words
+
+    family = FAMILIES[name]
+    tok = family.tokenizer("bpe", name)
+    probe = Probe.of(tok)
+    assert probe.rewrites is family.rewrites
+    assert list(split_words(tok, probe)) == []
+    assert marks_astray(tok, probe) is None
+    assert probe.ids[:2] != [tok.bos_token_id] * 2
+    assert probe.end == (family.closes.strip() or family.answer("x").removeprefix("x").split("x")[-1])
 
 
 @pytest.mark.slow

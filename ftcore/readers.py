@@ -1,0 +1,194 @@
+"""Files of rows, read one row at a time with file and line, without torch or datasets.
+
+Readers do not raise for a row that cannot be read: they hand a Problem to `aside` and go on with the next one. Only a
+file that ends there, such as a .json list that breaks off, raises Refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ftcore.errors import Exit, Problem, Refused
+
+Row = Mapping[str, Any]
+Placed = Iterator[tuple[str, Row]]
+Aside = Callable[[Problem], None]
+"""Takes what is wrong with a row that cannot be read."""
+
+
+def stop(problem: Problem) -> NoReturn:
+    """The `aside` of a run that ends at its first bad row. Raises Refused."""
+    raise Refused(problem)
+
+
+def iter_rows(file: Path, aside: Aside = stop) -> Placed:
+    """(file:line, row) of a file.
+
+    :param aside: called for each row that cannot be read; by default the first one raises Refused.
+    :raises Refused: for a file in which nothing more can be read.
+    """
+    if file.suffix == ".jsonl":
+        yield from _jsonl(file, aside)
+    elif file.suffix == ".json":
+        yield from _json(file, aside)
+    elif file.suffix in (".csv", ".tsv"):
+        yield from _csv(file, "\t" if file.suffix == ".tsv" else ",", aside)
+    elif file.suffix == ".txt":
+        for number, line in _lines(file, aside):
+            if line.strip():
+                yield f"{file}:{number}", {"text": line.rstrip("\r\n")}
+    else:
+        yield from _parquet(file)
+
+
+def _lines(file: Path, aside: Aside) -> Iterator[tuple[int, str]]:
+    # Read bytes: a line that is not UTF-8 must be named, not end the whole file.
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                aside(_not_utf8(f"{file}:{number}", error))
+                continue
+            yield number, line
+
+
+def _not_utf8(place: str, error: UnicodeDecodeError) -> Problem:
+    return _bad(place, f"is not UTF-8 (byte {error.start + 1} of the line)", "save the file as UTF-8")
+
+
+def _jsonl(file: Path, aside: Aside) -> Placed:
+    for number, line in _lines(file, aside):
+        if not line.strip():
+            continue
+        place = f"{file}:{number}"
+        try:
+            row = _mapping(_parsed(line, file, number, "a .jsonl file has one whole JSON object in each line"), place)
+        except Refused as refused:
+            aside(refused.problems[0])
+            continue
+        yield place, row
+
+
+def _json(file: Path, aside: Aside) -> Placed:
+    text = "".join(line for _, line in _lines(file, stop))
+    if _object_per_line(text):
+        yield from _jsonl(file, aside)
+        return
+    rows = _parsed(text, file, 1, "a .json file is one list of objects")
+    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
+        rows = rows["data"]
+    if not isinstance(rows, list):
+        fix = "a .json file is one list of objects; use .jsonl for one object a line"
+        raise Refused(_bad(str(file), "holds no list of rows", fix))
+    for number, row in enumerate(rows, 1):
+        place = f"{file}: row {number}"
+        try:
+            row = _mapping(row, place)
+        except Refused as refused:
+            aside(refused.problems[0])
+            continue
+        yield place, row
+
+
+def _object_per_line(text: str) -> bool:
+    """Whether the text is JSON lines under the ending of JSON: its first line is one whole object, and more follow."""
+    first, _, rest = text.partition("\n")
+    try:
+        return bool(rest.strip()) and isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+class _NotANumber(ValueError):
+    """NaN or an infinity in JSON, which has neither."""
+
+
+def _no_number(word: str) -> NoReturn:
+    raise _NotANumber(word)
+
+
+def _parsed(text: str, file: Path, first_line: int, form: str) -> Any:
+    place = f"{file}:{first_line}"
+    if text.startswith("\ufeff"):
+        raise Refused(
+            _bad(place, "starts with a byte order mark", "save the file as UTF-8 without a byte order mark")
+        )
+    try:
+        return json.loads(text.rstrip(), parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        place = f"{file}:{first_line + error.lineno - 1}"
+        raise Refused(_bad(place, f"is not JSON: {error.msg} at column {error.colno}", form)) from error
+    except _NotANumber as error:
+        fix = "write null, or leave the number out"
+        raise Refused(_bad(place, f"is not JSON: it holds {error}, which is no number", fix)) from error
+    except (RecursionError, ValueError) as error:  # ValueError: a whole number of thousands of digits
+        said = "is nested too deeply to be read" if isinstance(error, RecursionError) else "holds too long a number"
+        raise Refused(_bad(place, said, form)) from error
+
+
+def _csv(file: Path, delimiter: str, aside: Aside) -> Placed:
+    unreadable: dict[int, Problem] = {}
+    reader = csv.DictReader(_table_lines(file, unreadable), delimiter=delimiter)
+    done = 0
+    try:
+        for row in reader:
+            first = next((unreadable[n] for n in range(done + 1, reader.line_num + 1) if n in unreadable), None)
+            done = reader.line_num
+            if None in row:
+                message = f"has more fields than the {len(reader.fieldnames or ())} columns of the first line"
+                first = first or _bad(f"{file}:{done}", message, 'put text that holds a separator in "quotes"')
+            if first is not None:
+                aside(first)
+                continue
+            yield f"{file}:{done}", row
+    except csv.Error as error:
+        place = f"{file}:{reader.line_num}"
+        raise Refused(_bad(place, f"cannot be read: {error}", "save the rows as .jsonl")) from error
+
+
+def _table_lines(file: Path, unreadable: dict[int, Problem]) -> Iterator[str]:
+    """Lines of a table. One that is not UTF-8 stays in, since a row may span several: it is noted in `unreadable`."""
+    with file.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                unreadable[number] = _not_utf8(f"{file}:{number}", error)
+                if number == 1:  # without its names no column can be read
+                    raise Refused(unreadable[number]) from error
+                line = raw.decode("utf-8", errors="replace")
+            # Tables are read by pandas in the end, which takes a byte order mark; the csv module does not.
+            yield line.removeprefix("\ufeff") if number == 1 else line
+
+
+def _parquet(file: Path) -> Placed:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}: row {number}", row
+    except pyarrow.ArrowException as error:
+        message = f"cannot be read as parquet: {str(error).partition('.')[0]}"
+        raise Refused(_bad(str(file), message, "write the file again, or give the rows as .jsonl")) from error
+
+
+def _mapping(row: Any, place: str) -> Row:
+    if not isinstance(row, dict):
+        names = {"NoneType": "null", "bool": "true or false", "int": "a number", "float": "a number"}
+        name = type(row).__name__
+        message = f"is {names.get(name, f'a {name}')}, not an object"
+        raise Refused(_bad(place, message, 'each row looks like {"column": value}'))
+    return row
+
+
+def _bad(place: str, message: str, fix: str) -> Problem:
+    return Problem(place, message, fix, Exit.DATA)
