@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftcore import report
+from ftcore.redaction import redacted
 from ftcore.specs import Artifact
 
 RUN_FILE = "run.json"
@@ -31,7 +32,7 @@ def _plain(value: Any) -> Any:
 def write_state(file: Path, state: Mapping[str, Any]) -> None:
     """Write `run.json`, whole or not at all."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(redacted(state), indent=2) + "\n", encoding="utf-8")
     temporary.replace(file)
 
 

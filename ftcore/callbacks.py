@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ftcore.redaction import redact
 from ftcore.report import note
 from ftcore.rewards import Guarded
 
@@ -39,7 +40,7 @@ class JsonlMetrics(TrainerCallback):
         entry = {"step": state.global_step, "time": round(time.time(), 3), **{k: _plain(v) for k, v in logs.items()}}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(redact(json.dumps(entry)) + "\n")
 
 
 class FailedRewards(TrainerCallback):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftcore import gguf_tokenizer
+from ftcore import gguf_tokenizer, unsafe_weights
 from ftcore.config import ModelConfig
 from ftcore.errors import Exit, Problem, Refused
 from ftcore.paths import cache_dir, whole_folder
@@ -65,7 +65,7 @@ def problems(model: ModelConfig, family: ModelFamily) -> list[Problem]:
         known = ", ".join(family.shapes) or "none"
         return [Problem("model.shape", f"{model.name} declares no shape '{model.shape}'", f"its shapes: {known}")]
     source = find(model, family)
-    if source.kind == "hub" and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model.id):
+    if source.kind == "hub" and (".." in model.id or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model.id)):
         return [Problem("model.id", f"'{model.id}' is no hub id", "write owner/name, or set model.path for a folder")]
     if source.kind == "package" and importlib.util.find_spec("gguf") is None:
         return [Problem("model", f"{Path(source.name).name} needs the package gguf", "pip install 'ftcore[gguf]'")]
@@ -79,6 +79,8 @@ def problems(model: ModelConfig, family: ModelFamily) -> list[Problem]:
         config = read_config(model, family)
     except Refused as refused:
         return list(refused.problems)
+    if source.kind == "path" and (problem := unsafe_weights.problem("model.path", Path(source.name))):
+        return [problem]
     found = config.get("model_type") if config else None
     if found and found not in family.model_types:
         from ftcore.coverage import families_for
@@ -102,7 +104,7 @@ def read_config(model: ModelConfig, family: ModelFamily) -> dict[str, Any] | Non
         return None
     try:
         config = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise Refused(
             Problem(str(file), f"is not JSON: {error}", "the checkpoint is damaged; get it again", Exit.DATA)
         ) from error
@@ -193,7 +195,7 @@ def config_of(model: ModelConfig, family: ModelFamily) -> PretrainedConfig:
     if source.kind == "package":
         # Parsing the GGUF's vocabulary takes seconds; the family knows the shape of what it bundles.
         return _random_config(family, next(iter(family.shapes)))
-    return AutoConfig.from_pretrained(source.name, revision=model.revision, **family.settings)
+    return AutoConfig.from_pretrained(source.name, revision=model.revision, trust_remote_code=False, **family.settings)
 
 
 def _random_config(family: ModelFamily, shape: str) -> PretrainedConfig:
@@ -259,9 +261,13 @@ def _dequantized(file: Path, family: ModelFamily) -> Path:
         # Without `dequantize` the model keeps a quantizer that can neither be trained nor saved.
         auto = getattr(transformers, family.auto_class)
         model = auto.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         gguf_tokenizer.mend(tokenizer, file)
         with whole_folder(target) as folder:
             model.save_pretrained(folder)

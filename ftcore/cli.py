@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 TASKS = {
     "train": "train, evaluate and export (the default)",
@@ -25,9 +26,17 @@ PLAIN = frozenset({"plugins", "runs", "new"})
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Console entry point; exits with the codes of :class:`ftcore.errors.Exit`."""
-    code = run(list(sys.argv[1:] if argv is None else argv))
+    from ftcore.redaction import guard_streams
+
+    guard_streams()
+    try:
+        code = run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:  # once more, while the first one was being answered
+        code = 75
     if code == 75:
-        _ends_soon()
+        from ftcore.signals import ignore
+
+        ignore()  # another one, while Python shuts down, does not change the exit status
     sys.exit(code)
 
 
@@ -35,6 +44,7 @@ def run(argv: list[str]) -> int:
     """Run one command; returns its exit code."""
     from ftcore.errors import Exit, FtcoreError
     from ftcore.noise import quiet
+    from ftcore.signals import interrupting
 
     try:
         if not argv or argv[0] in ("-h", "--help", "help"):
@@ -51,7 +61,8 @@ def run(argv: list[str]) -> int:
         module = importlib.import_module(f"ftcore.tasks.{task}")
         quiet()
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra re-raises, and the message is ours
-        code = module.main(rest)
+        with interrupting() if task == "train" else nullcontext():
+            code = module.main(rest)
     except FtcoreError as error:
         print(f"ftcore: {short(str(error))}", file=sys.stderr)
         return int(error.code)
@@ -64,24 +75,25 @@ def run(argv: list[str]) -> int:
     except OSError as error:
         print(f"ftcore: {error}\n    fix: look at the disk and at your rights there", file=sys.stderr)
         return int(Exit.IO)
+    except Exception as error:
+        from ftcore.disk import shortage
+
+        if (said := shortage(error)) is None:
+            raise
+        print(f"ftcore: nothing more can be written: {said}\n    fix: free some space", file=sys.stderr)
+        return int(Exit.IO)
     return int(code or 0)
 
 
-def _ends_soon() -> None:
-    """A run that was told to stop: another signal, while Python shuts down, does not change the exit status."""
-    import signal
-    import threading
-
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
+WIDEST = 1000
+"""Characters of a line of a message; names in a file of somebody's may be longer."""
 
 
 def short(message: str, lines: int = 12) -> str:
     """A message that fits: what a plugin's own error says may be long."""
-    text = message.splitlines()
-    return message if len(text) <= lines else "\n".join([*text[: lines - 1], f"... {len(text) - lines + 1} more lines"])
+    text = [line if len(line) <= WIDEST else f"{line[:WIDEST]} ..." for line in message.splitlines()]
+    more = [f"... {len(text) - lines + 1} more lines"] if len(text) > lines else []
+    return "\n".join([*text[: lines - 1], *more] if more else text)
 
 
 def split_task(argv: list[str]) -> tuple[str, list[str]]:

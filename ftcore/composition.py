@@ -21,11 +21,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from ftcore import config_guard, foreign_yaml
 from ftcore.catalog import installed
 from ftcore.config import KINDS, MANY, RunConfig
 from ftcore.errors import Exit, Problem, Refused
 from ftcore.explanations import explain, explain_grammar
-from ftcore.overrides import check_overrides
+from ftcore.overrides import GROUPS, check_overrides
+from ftcore.redaction import redact
 from ftcore.validate import reject_unknown_keys
 
 CONF_MODULE = "ftcore_conf"
@@ -113,8 +115,9 @@ def register() -> None:
 def parse(overrides: Sequence[str]) -> list[Override]:
     """Parse overrides with Hydra's grammar.
 
-    Raises Refused with the quoted form for text that Hydra's grammar does not take.
+    Raises Refused with the quoted form for text that Hydra's grammar does not take, and for what no setting may hold.
     """
+    config_guard.check_words(overrides)
     parser = OverridesParser.create()
     parsed = []
     for text in overrides:
@@ -123,6 +126,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
             parsed.append(parser.parse_override(text))
         except HydraException as error:
             raise explain_grammar(text, error) from error
+    config_guard.check_overrides(parsed)
     return parsed
 
 
@@ -134,6 +138,8 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
     """
     parsed = parse(overrides)
     check_overrides(parsed, installed(), recorded=_recorded(parsed) is not None)
+    if config_dir or any(str(override.key_or_group) in GROUPS for override in parsed):
+        foreign_yaml.check(config_dir)
     try:
         if record := _recorded(parsed):
             config = _from_record(record, parsed)
@@ -141,12 +147,13 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
             config = _from_hydra(hydra_overrides(parsed), config_dir)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, overrides) from error
-    except YAMLError as error:
+    except (YAMLError, RecursionError) as error:
         raise Refused(
             Problem("config", f"a YAML file cannot be read: {_one_line(error)}", "mend the file", Exit.DATA)
         ) from error
     except (AssertionError, ValueError) as error:  # OmegaConf's way of saying that a key lies below nothing
         raise _below_nothing(parsed, error) from error
+    config_guard.check_values(config)
     reject_unknown_keys(config)
     return config
 
@@ -214,7 +221,12 @@ def _from_record(path: Path, parsed: Sequence[Override]) -> DictConfig:
     config = OmegaConf.structured(RunConfig)
     recorded = OmegaConf.load(path)
     assert isinstance(recorded, DictConfig)
-    _fill(config, recorded)
+    config_guard.check_values(recorded)  # taking a value over resolves it
+    try:
+        _fill(config, recorded)
+    except (AttributeError, TypeError, KeyError) as error:
+        fix = "the run folder is damaged, or none; `ftcore runs` lists the run folders"
+        raise Refused(Problem(str(path), f"is no config of a run: {_one_line(error)}", fix, Exit.DATA)) from error
     OmegaConf.set_struct(config, False)
     for override in sorted(parsed, key=lambda one: not _is_group(one)):  # as in Hydra, options come before their keys
         key, value = override.key_or_group, override.value()
@@ -271,7 +283,7 @@ def record(run: RunConfig, folder: Path) -> None:
     """Write the whole config into a run folder, so that `run=FOLDER` finds it."""
     folder.mkdir(parents=True, exist_ok=True)
     whole = folder / f"{RECORD}.tmp"
-    whole.write_text(to_yaml(run), encoding="utf-8")
+    whole.write_text(redact(to_yaml(run)), encoding="utf-8")
     whole.replace(folder / RECORD)
 
 

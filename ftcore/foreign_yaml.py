@@ -15,7 +15,9 @@ from typing import Any
 import yaml
 
 from ftcore.catalog import installed
+from ftcore.config_guard import CODE, environment, lookup, secret
 from ftcore.errors import Exit, Problem, refuse
+from ftcore.redaction import FORMS
 
 OWN = "ftcore_conf"
 OPEN = frozenset({"run.dir", "sweep.dir", "sweep.subdir"})
@@ -24,10 +26,8 @@ SWEEPER = frozenset({"direction", "n_trials", "n_jobs", "max_batch_size", "study
 """Keys under `hydra.sweeper` that are numbers and names."""
 SELECTED = ("hydra/sweeper", "hydra/launcher")
 """What a defaults list may select, by name, of what is installed."""
-CODE = frozenset({"_target_", "_args_", "_partial_", "()", "class"})
-"""Keys by which Hydra and Python's logging name code."""
-
-
+FILES = ("plugins", "rewards")
+"""Keys that name Python files: a package brings its code by entry points, where `ftcore plugins` shows it."""
 MOST = 10_000
 """Keys in one file; aliases of aliases would make billions of them."""
 
@@ -37,40 +37,62 @@ def check(config_dir: str | None) -> None:
 
     Raises Refused for a file that sets what only ftcore and the command line may.
     """
-    folders = [Path(config_dir)] if config_dir else []
+    packages: list[Path] = []
     for package in installed().conf.values():
         spec = find_spec(package) if package != OWN else None
-        folders += [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    refuse([problem for folder in folders for file in sorted(folder.rglob("*.y*ml")) for problem in _of(file, folder)])
+        packages += [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    own = [Path(config_dir)] if config_dir else []
+    refuse([*_in(own, open_files=True), *_in(packages, open_files=False)])
 
 
-def _of(file: Path, folder: Path) -> Iterator[Problem]:
+def _in(folders: list[Path], open_files: bool) -> Iterator[Problem]:
+    for folder in folders:
+        for file in sorted(folder.rglob("*.y*ml")):
+            yield from _of(file, folder, open_files)
+
+
+def _of(file: Path, folder: Path, open_files: bool) -> Iterator[Problem]:
     if file.relative_to(folder).parts[0] == "hydra":
         yield _problem(file, "lies in a folder named hydra")
         return
     try:
         text = file.read_text(encoding="utf-8")
         content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         problem = f"cannot be read: {' '.join(str(error).split())[:160]}"
         yield Problem(str(file), problem, "mend the file, or take it out", Exit.DATA)
         return
-    header = next((line for line in text.splitlines() if "@package" in line), "")
-    if "hydra" in header:
+    if FORMS.search(text):
+        yield secret(str(file))
+    elif found := lookup(text):
+        yield environment(str(file), found)
+    elif header := next((line for line in text.splitlines() if "@package" in line and "hydra" in line), None):
         yield _problem(file, f"is put under hydra: {header.strip()}")
-    if not isinstance(content, Mapping):
+    elif isinstance(content, Mapping):
+        yield from _selected(file, content.get("defaults") or [])
+        yield from _set(file, content, open_files)
+
+
+def _selected(file: Path, defaults: Any) -> Iterator[Problem]:
+    """What the defaults list selects that it may not."""
+    if not isinstance(defaults, list):
+        yield Problem(str(file), "has a defaults list that is no list", "mend the file", Exit.DATA)
         return
-    for entry in content.get("defaults") or ():
+    for entry in defaults:
         for name in entry if isinstance(entry, Mapping) else [entry]:
             plain = str(name).replace("override ", "").replace("optional ", "").strip(" /").partition("@")
             if "hydra" in str(name) and (plain[0] not in SELECTED or plain[1]):
                 yield _problem(file, f"selects {name}")
+
+
+def _set(file: Path, content: Mapping[Any, Any], open_files: bool) -> Iterator[Problem]:
+    """Which keys the file sets that it may not."""
     keys = set(islice(_flat(content), MOST + 1))
     if len(keys) > MOST:
         yield Problem(str(file), f"has more than {MOST} keys", "take it out", Exit.DATA)
         return
     for key in sorted(keys):
-        if not _open(key):
+        if not _open(key) or (not open_files and key.partition(".")[0] in FILES):
             yield _problem(file, f"sets {key}")
 
 

@@ -1,8 +1,10 @@
-"""Where ftcore keeps what it may make again, and how a folder is written so that it is whole or not there."""
+"""Where ftcore keeps what it may make again, how folders are written whole or not at all, and names from outside."""
 
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -28,10 +30,9 @@ def cache_dir() -> Path:
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to write into that becomes `target` when the block ends well, and vanishes when it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    work = _fresh(target)
     try:
         yield work
-        work.chmod(0o755)
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent)) / target.name
             target.replace(old)
@@ -41,6 +42,17 @@ def whole_folder(target: Path) -> Iterator[Path]:
             work.replace(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _fresh(target: Path) -> Path:
+    """A new folder beside `target`, with the rights that the umask gives; `tempfile` makes private ones."""
+    while True:
+        work = target.parent / f".{target.name}-{secrets.token_hex(4)}"
+        try:
+            work.mkdir()
+        except FileExistsError:
+            continue
+        return work
 
 
 @contextmanager
@@ -53,6 +65,37 @@ def whole_file(target: Path) -> Iterator[Path]:
         (work / target.name).replace(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+RESERVED = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(?:[ .].*)?", re.IGNORECASE)
+"""Names that are devices on Windows, with any ending."""
+STRANGE = re.compile(r"[\x00-\x1f\x7f<>:\"|?*\\]|^~")
+"""Characters that no name may have: they mean something to Windows, to a shell or to a terminal."""
+
+
+def safe_join(root: Path, name: object, follow: bool = False) -> Path:
+    """`root / name` for a name that others chose, such as one in an index of weights: always below `root`.
+
+    The rules of POSIX and of Windows hold together, wherever this runs: a name is either harmless on both or none.
+    :param follow: a link there may lead elsewhere, as all files of the hub's cache do.
+    Raises ValueError with the reason for a name that leaves the folder, or is none on some system.
+    """
+    if not isinstance(name, str) or not name:
+        raise ValueError("it is no name")
+    if found := STRANGE.search(name):
+        raise ValueError(f"it holds {found[0]!r}")
+    for part in name.split("/"):
+        if part in ("", ".", ".."):
+            raise ValueError("it is not a path below the folder")
+        if part != part.rstrip(" .") or RESERVED.fullmatch(part):
+            raise ValueError("it is no name on Windows")
+        if len(part.encode("utf-8", "surrogatepass")) > 255 or any("\ud800" <= c <= "\udfff" for c in part):
+            raise ValueError("it is too long, or no text")
+    place = root / name
+    real, below = os.path.realpath(place), os.path.realpath(root)
+    if not follow and not Path(real).is_relative_to(below):
+        raise ValueError("a link leads out of the folder")
+    return place
 
 
 def _dispose(old: Path, target: Path) -> None:

@@ -159,8 +159,8 @@ def _opened(checkpoint: Checkpoint, folder: Path) -> Transformers:
     auto = getattr(transformers, checkpoint.plan.family.auto_class)
     attention = getattr(model.config, "_attn_implementation", None)
     options = {"attn_implementation": "eager"} if attention == "eager" else {}
-    loaded = auto.from_pretrained(folder, dtype=_dtype(model), **options).to(model.device)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    loaded = auto.from_pretrained(folder, dtype=_dtype(model), trust_remote_code=False, **options).to(model.device)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return Transformers(loaded, tokenizer, texts(checkpoint.plan, checkpoint.tokenizer)[1])
 
 

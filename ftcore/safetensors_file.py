@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftcore.errors import Exit, Problem, Refused
+from ftcore.paths import safe_join
 from ftcore.weights import Weight
 
 if TYPE_CHECKING:
@@ -42,16 +42,35 @@ def checkpoint_files(folder: Path) -> list[Path]:
     Raises Refused when the index names a file that is not there, or one outside the folder.
     """
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        if strange := [name for name in names if name in ("", ".", "..") or re.search(r"[/\\:]", name)]:
-            problem = f"{INDEX} names '{strange[0]}', which is not the name of a file in that folder"
-            raise Refused(Problem(str(folder), problem, "do not use this checkpoint", Exit.DATA))
-        files = [folder / name for name in names]
+        files = indexed_files(folder / INDEX)
         if missing := [f.name for f in files if not f.is_file()]:
             problem = f"{INDEX} names {missing[0]}, which is not there"
             raise Refused(Problem(str(folder), problem, "get the checkpoint again", Exit.MISSING_INPUT))
         return files
     return [folder / SINGLE] if (folder / SINGLE).is_file() else []
+
+
+def indexed_files(index: Path) -> list[Path]:
+    """The files that an index of weights names, each in its own folder; whether they are there is not looked at.
+
+    Raises Refused for an index that is damaged, or that names anything else.
+    """
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        wanted = sorted(set(names))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"is damaged, or no index of weights: {type(error).__name__}: {error}"
+        raise Refused(Problem(str(index), problem[:200], "get the checkpoint again", Exit.DATA)) from error
+    files = []
+    for name in wanted:
+        try:
+            if not isinstance(name, str) or "/" in name:
+                raise ValueError("it is not in the folder itself")
+            files.append(safe_join(index.parent, name, follow=True))  # the hub's cache is made of links
+        except ValueError as error:
+            problem = f"{index.name} names {str(name)[:80]!r}, which is not the name of a file in that folder: {error}"
+            raise Refused(Problem(str(index.parent), problem, "do not use this checkpoint", Exit.DATA)) from error
+    return files
 
 
 def read_weights(file: Path) -> dict[str, Weight]:
@@ -69,6 +88,10 @@ def read_weights(file: Path) -> dict[str, Weight]:
             problem = f"{name} has the type {entry['dtype']}, which ftcore does not read"
             raise Refused(Problem(str(file), problem, "convert the checkpoint to 16 bits", Exit.DATA))
         shape, dtype = tuple(entry["shape"]), dtypes[entry["dtype"]]
+        first, last = entry["data_offsets"]
+        if last - first != dtype.itemsize * math.prod(shape):
+            problem = f"is damaged: {name} has {last - first} bytes, which is not its shape's size"
+            raise Refused(Problem(str(file), problem, "get the checkpoint again", Exit.DATA))
         weights[name] = Weight(shape, dtype, _reader(file, start + entry["data_offsets"][0], shape, dtype))
     return weights
 
@@ -81,13 +104,26 @@ def _header(file: Path) -> tuple[dict[str, Any], int]:
             if length > file.stat().st_size:
                 raise ValueError("the header is longer than the file")
             header = json.loads(handle.read(length))
-        end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"), default=0)
+        if not isinstance(header, dict):
+            raise ValueError("the header is no object")
+        end = max((_checked_entry(name, e) for name, e in header.items() if name != "__metadata__"), default=0)
         if file.stat().st_size < 8 + length + end:
             raise ValueError(f"{8 + length + end - file.stat().st_size} bytes are missing at its end")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         problem = f"is damaged or no safetensors file: {error}"
         raise Refused(Problem(str(file), problem, "get the checkpoint again", Exit.DATA)) from error
     return header, 8 + length
+
+
+def _checked_entry(name: str, entry: Any) -> int:
+    """Where the values of a tensor end. Raises ValueError, KeyError or TypeError for an entry that is none."""
+    first, last = entry["data_offsets"]
+    numbers = [first, last, *entry["shape"]]
+    if not isinstance(entry["dtype"], str) or not all(type(n) is int and 0 <= n < 2**48 for n in numbers):
+        raise ValueError(f"the entry of {name[:80]} is none")
+    if last < first:
+        raise ValueError(f"{name[:80]} ends before it begins")
+    return int(last)
 
 
 def _reader(file: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[int, int], torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,12 +55,14 @@ def _file(template: str) -> Path:
 
 def _parse(text: str, file: Path) -> None:
     from jinja2 import TemplateSyntaxError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    # `generation` is transformers' tag; what stands within is Jinja like the rest.
-    plain = re.sub(r"{%(-?)\s*(?:end)?generation\s*(-?)%}", r"{%\1 if true \2%}{%\1 endif \2%}", text)
+    from ftcore.template_limits import TooMuch
+    from ftcore.template_sandbox import compiled
+
     try:
-        ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        compiled(text)
+    except TooMuch as error:
+        raise Refused(Problem(str(file), str(error), "shorten it, or name another", Exit.DATA)) from error
     except TemplateSyntaxError as error:
         place = f"{file}:{error.lineno}"
         raise Refused(

@@ -143,7 +143,7 @@ class Checkpoint:
     def _stored_config(self) -> PretrainedConfig:
         from transformers import AutoConfig
 
-        config: PretrainedConfig = AutoConfig.from_pretrained(self._base_folder())
+        config: PretrainedConfig = AutoConfig.from_pretrained(self._base_folder(), trust_remote_code=False)
         return config
 
     def _stored_weights(self) -> Weights | str:

@@ -83,7 +83,9 @@ def own_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
 
     assert plan.run.model is not None
     place = checkpoint.locate(plan.run.model, plan.family)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, revision=plan.run.model.revision)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        place, revision=plan.run.model.revision, trust_remote_code=False
+    )
     return tokenizer
 
 

@@ -35,6 +35,10 @@ SCHEDULES_BY_LOSS = ("reduce_lr_on_plateau", "greedy")
 """Schedules that follow the held-out loss."""
 
 
+NEVER = frozenset({"trust_remote_code", "model_init_kwargs", "hub_token", "push_to_hub"})
+"""Arguments of the libraries that would run a repository's code, or load or send a model past ftcore's own checks."""
+
+
 def check_arguments(plan: Plan) -> Iterator[Problem]:
     """`trainer.args` has names that the library knows, and none that ftcore's own keys set."""
     trainer = plan.trainer
@@ -50,6 +54,8 @@ def check_arguments(plan: Plan) -> Iterator[Problem]:
                 "is set by ftcore's own keys",
                 f"{fix}; `ftcore plugins trainer/{plan.run.trainer.name}` lists them",
             )
+        elif name in NEVER:
+            yield Problem(key, "is not passed on: it would go past ftcore's own checks", "leave it out")
         elif name not in known:
             near = nearest(name, known)
             library = trainer.args.partition(":")[2]

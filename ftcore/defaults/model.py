@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftcore import checkpoint, rope, templates, vocabulary
-from ftcore.errors import Problem, Refused
+from ftcore import checkpoint, rope, templates, unsafe_weights, vocabulary
+from ftcore.errors import Exit, Problem, Refused
 from ftcore.hooks import hookimpl
 from ftcore.specs import PatchReport, Phase, Plan
 
@@ -21,15 +21,11 @@ def ftcore_load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
 
     The chat template is that of `data.template`, the tokenizer's own, or else the family's.
     """
-    from transformers import AutoTokenizer
-
     from ftcore import vision
 
     assert plan.run.model is not None
     model = plan.run.model
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        checkpoint.locate(model, plan.family), revision=model.revision
-    )
+    tokenizer = _own_tokenizer(checkpoint.locate(model, plan.family), model.revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if plan.family.vision and (own := vision.template(checkpoint.locate(model, plan.family), model.revision)):
@@ -43,6 +39,22 @@ def ftcore_load_tokenizer(plan: Plan) -> PreTrainedTokenizerBase:
     vocabulary.add(tokenizer, model.new_tokens)
     if plan.family.vision:
         vision.attach(tokenizer, checkpoint.locate(model, plan.family), plan.family, model.revision)
+    return tokenizer
+
+
+def _own_tokenizer(place: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises Refused where it needs Python code of the repository."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place, revision=revision, trust_remote_code=False
+        )
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        message = f"the tokenizer of {place} needs Python code of its own, and ftcore runs no code of repositories"
+        raise Refused(Problem("model", message, "take a checkpoint whose tokenizer transformers brings")) from error
     return tokenizer
 
 
@@ -73,10 +85,23 @@ def ftcore_load_model(plan: Plan, quantization: Any | None) -> PreTrainedModel:
     if any("attention_softcap" in role.traits for role in plan.family.roles):
         options["attn_implementation"] = "eager"  # SDPA leaves the cap out, and transformers 5.17 would take it
     auto = getattr(transformers, plan.family.auto_class)
-    loaded: PreTrainedModel = auto.from_pretrained(checkpoint.locate(model, plan.family), **options)
+    loaded = _loaded(auto, checkpoint.locate(model, plan.family), options)
     vocabulary.grown(plan, loaded)
     loaded.config.use_cache = loaded.config.get_text_config().use_cache = False
     _stay_differentiable(loaded)
+    return loaded
+
+
+def _loaded(auto: Any, place: str, options: dict[str, Any]) -> PreTrainedModel:
+    """The model from safetensors. Raises Refused where the hub has its weights as a pickle alone."""
+    try:
+        # Without the word, transformers would fall back on a pickle.
+        loaded: PreTrainedModel = auto.from_pretrained(place, trust_remote_code=False, use_safetensors=True, **options)
+    except OSError as error:
+        if "safetensors" not in str(error):
+            raise
+        message = f"{place} has no weights in safetensors"
+        raise Refused(Problem("model", message, unsafe_weights.ADVICE, Exit.DATA)) from error
     return loaded
 
 
@@ -87,7 +112,7 @@ def _stretched(plan: Plan) -> Any:
     assert plan.run.model is not None
     model = plan.run.model
     place = checkpoint.locate(model, plan.family)
-    config = AutoConfig.from_pretrained(place, revision=model.revision, **plan.family.settings)
+    config = AutoConfig.from_pretrained(place, revision=model.revision, trust_remote_code=False, **plan.family.settings)
     text = config.get_text_config()
     if scaled := rope.scaling(model, plan.family):
         if not model.rope_scaling and not rope.plain({"rope_parameters": text.rope_parameters}):

@@ -35,10 +35,16 @@ def ftcore_callbacks(plan: Plan) -> Sequence[TrainerCallback]:
 @hookimpl(trylast=True)
 def ftcore_train(plan: Plan, trainer: Trainer) -> TrainReport:
     """`trainer.train()`, from a checkpoint where `resume` names one; held-out rows are measured first."""
+    from ftcore.guards.finite import refuse_non_finite
+    from ftcore.guards.watchdog import Watchdog
     from ftcore.preemption import StopWhenTold
+    from ftcore.training_checkpoint.space import need_room
+    from ftcore.training_checkpoint.trainer import SafeCheckpoints
 
     metrics: dict[str, float] = {}
     resume = _resumed(plan)
+    if isinstance(trainer, SafeCheckpoints):
+        need_room(plan, trainer)
     if resume is None and trainer.eval_dataset is not None:
         kept = {"eval_loss", *(f"eval_{name}" for name in (plan.trainer.measures if plan.trainer else ()))}
         metrics |= {f"{name}_before": value for name, value in trainer.evaluate().items() if name in kept}
@@ -47,13 +53,17 @@ def ftcore_train(plan: Plan, trainer: Trainer) -> TrainReport:
     if resume is not None and 0 < trainer.args.max_steps <= store.step_of(resume):
         _load_last(trainer, resume)  # stopped after its last step, before it measured and exported
     else:
-        watch = StopWhenTold()
+        watch, watchdog = StopWhenTold(), Watchdog(plan.output_dir)
         trainer.add_callback(watch)
-        with watch.listening():
+        trainer.add_callback(watchdog)
+        with watch.listening(), watchdog.watching():
             output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if watch.told:
             raise watch.left(plan.output_dir, trainer.state.global_step)
+        refuse_non_finite("what was trained", trainer.model)  # also of a trainer without ftcore's guards
         metrics |= {"train_loss": output.training_loss, "train_seconds": output.metrics.get("train_runtime", 0.0)}
+        if skipped := output.metrics.get("skipped_steps"):
+            metrics["skipped_steps"] = skipped
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if losses:
         metrics |= {"loss_first": losses[0], "loss_last": losses[-1]}
@@ -97,7 +107,7 @@ def _resumed(plan: Plan) -> Path | None:
     folder = plan.output_dir / "checkpoints"
     newest = store.newest_valid(folder)
     if newest is None:
-        fix = "leave resume out, or set output_dir"
+        fix = "leave resume out: the same command then begins anew, and keeps what is damaged; or set output_dir"
         raise Refused(Problem("resume", f"{folder} holds no good checkpoint", fix, Exit.MISSING_INPUT))
     return newest
 

@@ -13,6 +13,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ftcore.redaction import without_secrets
+
 PATIENCE = 900.0
 """Seconds after which a worker that does not answer is given up."""
 
@@ -94,6 +96,6 @@ class Process:
 
 
 def _environment() -> dict[str, str]:
-    """Our environment, in which the worker finds the same ftcore as we did."""
+    """Our environment without its secrets, in which the worker finds the same ftcore as we did."""
     home = str(Path(__file__).resolve().parents[2])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH", "")]))}
+    return {**without_secrets(), "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH", "")]))}

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from ftcore import foreign_yaml, pipeline
+from ftcore import config_guard, foreign_yaml, pipeline
 from ftcore.catalog import installed
 from ftcore.composition import CONF_MODULE, CONFIG_NAME, compose, hydra_overrides, parse, register, typed
 from ftcore.errors import Problem, Refused
@@ -97,6 +97,7 @@ def _values(override: Override) -> list[str]:
 
 def job(config: Any) -> float | None:
     """One job of a sweep: a run in the job's folder. Returns the objective, which optimizing sweepers read."""
+    config_guard.check_values(config)
     reject_unknown_keys(config)
     run = typed(config)
     if run.output_dir is None:

@@ -17,6 +17,7 @@ from ftcore import Plan, Problem, checkpoint
 from ftcore.catalog import installed
 from ftcore.errors import Exit, Refused
 from ftcore.report import note
+from ftcore.safetensors_file import indexed_files
 
 if TYPE_CHECKING:
     import torch
@@ -128,6 +129,7 @@ def _files(place: str, revision: str | None) -> dict[str, str]:
         index = None
     if index is not None:
         names = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        indexed_files(Path(index))  # refuses names of files elsewhere
         return {name: str(Path(index).with_name(file)) for name, file in names.items()}
     try:
         single = str(cached_file(place, "model.safetensors", revision=revision))

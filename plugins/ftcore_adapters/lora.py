@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftcore import AdapterConfig, Plan, Problem, hookimpl
+from ftcore import AdapterConfig, Plan, Problem, hookimpl, unsafe_weights
 from ftcore.catalog import nearest
 from ftcore.errors import Exit
 from ftcore.parameter_groups import embeddings_frozen
@@ -86,6 +86,8 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
     if config.path and not (Path(config.path) / "adapter_config.json").is_file():
         message = f"{config.path} holds no adapter_config.json"
         found.append(Problem("adapter.path", message, "give the folder of a saved adapter", Exit.MISSING_INPUT))
+    elif config.path and (unsafe := unsafe_weights.problem("adapter.path", Path(config.path))):
+        found.append(unsafe)
     elif config.path:
         found += _differences(config, Path(config.path) / "adapter_config.json", recorded=plan.run.run is not None)
     known = plan.family.lora_targets + plan.family.lora_parameters

@@ -47,6 +47,8 @@ def _read_back(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     base = getattr(transformers, plan.family.auto_class).from_pretrained(
         source.locate(run.model, plan.family),
         revision=run.model.revision,
+        trust_remote_code=False,
+        use_safetensors=True,
         dtype=trained.dtype,
         device_map={"": str(trained.device)},
         **({"quantization_config": quantization} if run.quantizer and quantization else {}),

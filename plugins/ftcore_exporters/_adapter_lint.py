@@ -141,7 +141,9 @@ def serving_names(plan: Plan) -> frozenset[str] | None:
 
     model = plan.run.model
     assert model is not None
-    config = AutoConfig.from_pretrained(checkpoint.locate(model, plan.family), revision=model.revision)
+    config = AutoConfig.from_pretrained(
+        checkpoint.locate(model, plan.family), revision=model.revision, trust_remote_code=False
+    )
     cls = getattr(transformers, (config.architectures or [""])[0], None)
     if cls is None:
         return None

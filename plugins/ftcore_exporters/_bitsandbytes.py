@@ -37,7 +37,9 @@ def export(checkpoint: Checkpoint, target: str, settings: Any, note: str, verify
     plan = checkpoint.plan
     folder = plan.output_dir / "export" / target
     loader = getattr(transformers, plan.family.auto_class)
-    model = loader.from_pretrained(checkpoint.merged(), dtype="auto", quantization_config=settings, **_place(plan))
+    model = loader.from_pretrained(
+        checkpoint.merged(), dtype="auto", quantization_config=settings, trust_remote_code=False, **_place(plan)
+    )
     held = sum(tensor.nbytes for tensor in model.state_dict().values())
     need_space(folder, held, "the packed model")
     with whole_folder(folder) as work:
@@ -66,7 +68,7 @@ def read_back(checkpoint: Checkpoint, folder: Path, packed: Any) -> dict[str, An
 
     plan = checkpoint.plan
     loader = getattr(transformers, plan.family.auto_class)
-    model = loader.from_pretrained(folder, dtype="auto", **_place(plan)).eval()
+    model = loader.from_pretrained(folder, dtype="auto", trust_remote_code=False, **_place(plan)).eval()
     wanted, found = packed.state_dict(), model.state_dict()
     other = [n for n in wanted if n not in found or not torch.equal(found[n], wanted[n])]
     objection = f"{len(other)} tensors were read back otherwise, such as {other[0]}" if other else None

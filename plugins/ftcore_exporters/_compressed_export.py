@@ -59,7 +59,9 @@ def read_back(checkpoint: Checkpoint, folder: Path, form: Format, layers: Layers
         # transformers takes all of the config but `dequantize` from the folder, as is meant here, and says so.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
         unpack = CompressedTensorsConfig(dequantize=True)
-        model = loader.from_pretrained(folder, dtype="float32", quantization_config=unpack).eval()
+        model = loader.from_pretrained(
+            folder, dtype="float32", quantization_config=unpack, trust_remote_code=False
+        ).eval()
     error = largest_error(folder, form, layers, weights, model_weights(model))
     bound = "2^-4 of it, or 2^-10 of its row's scale" if form.group_size is None else "half a step of its group's scale"
     objection = None if error <= 1 else f"a weight is off by {error:.3g} times what the format allows"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ftcore import Checkpoint
+from ftcore.redaction import without_secrets
 
 PYTHON = "FTCORE_VLLM_PYTHON"
 """Environment variable with the Python of another environment that vLLM is installed in."""
@@ -72,7 +73,9 @@ def _asked(python: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         # -P: the folder of the probe, with a module called `vllm`, must not be searched.
         line = [python, "-P", str(Path(__file__).with_name("_vllm_probe.py")), json.dumps(asked), str(out)]
         # What this environment adds to the search path is not for another one.
-        clean = {name: text for name, text in os.environ.items() if name != "PYTHONPATH" or python == sys.executable}
+        clean = without_secrets()
+        if python != sys.executable:
+            clean.pop("PYTHONPATH", None)
         done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=LIMIT, cwd=place, env=clean)
         if not out.is_file():
             said = [text for text in (done.stdout + done.stderr).splitlines() if "Error" in text]

@@ -66,7 +66,7 @@ def compared(
     from ftcore.read_back import read_back
 
     rendered = texts(checkpoint.plan, checkpoint.tokenizer)[1]
-    consumer = Transformers(model, AutoTokenizer.from_pretrained(folder), rendered)
+    consumer = Transformers(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), rendered)
     consumer.name = name
     try:
         return read_back(checkpoint, consumer, kind, within)

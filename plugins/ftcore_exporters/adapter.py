@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from ftcore import Artifact, Checkpoint, Plan, Problem, hookimpl
 from ftcore.config import ReadBackConfig
 
+BITS_PER_WEIGHT = 0
+"""Of the adapter's weights alone: the disk needs no room for the model's."""
+
 
 @dataclass
 class Config(ReadBackConfig):

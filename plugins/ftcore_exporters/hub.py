@@ -16,6 +16,9 @@ from ftcore.errors import Exit
 USUAL = ("safetensors", "adapter")
 """Exports that are pushed unless `what` says otherwise, the first of them that there is."""
 
+BITS_PER_WEIGHT = 0
+"""What is pushed was written by another export: the disk needs no room for the model's."""
+
 
 @dataclass
 class Config(ExportConfig):
@@ -99,13 +102,14 @@ def ftcore_export(plan: Plan, checkpoint: Checkpoint) -> list[Artifact]:
     Raises Refused when the hub does not take it.
     """
     from ftcore.paths import whole_folder
+    from ftcore.redaction import redact
     from ftcore_exporters._card import card
     from ftcore_exporters._hub_push import push
 
     config, what = plan.config(Config), _chosen(plan)
     assert what is not None
     source: Path = plan.output_dir / "export" / what
-    text = card(plan, what, source, config.repo_id, config.license)
+    text = redact(card(plan, what, source, config.repo_id, config.license))
     with whole_folder(plan.output_dir / "export" / "hub") as folder:
         (folder / "README.md").write_text(text, encoding="utf-8")
         address = push(

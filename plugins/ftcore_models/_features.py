@@ -27,7 +27,7 @@ def whisper_features(plan: Plan) -> WhisperFeatureExtractor:
         own: WhisperFeatureExtractor = WhisperFeatureExtractor.from_pretrained(place, revision=revision)
         return own
     except OSError:  # no preprocessor_config.json
-        config = AutoConfig.from_pretrained(place, revision=revision)
+        config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
         return WhisperFeatureExtractor(
             feature_size=config.num_mel_bins, chunk_length=window(config.to_dict()), hop_length=HOP, sampling_rate=RATE
         )
@@ -48,5 +48,5 @@ def codec_features(plan: Plan) -> EncodecFeatureExtractor:
         own: EncodecFeatureExtractor = EncodecFeatureExtractor.from_pretrained(place, revision=revision)
         return own
     except OSError:  # no preprocessor_config.json
-        codec = AutoConfig.from_pretrained(place, revision=revision).codec_config
+        codec = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False).codec_config
         return EncodecFeatureExtractor(feature_size=1, sampling_rate=codec.sampling_rate)

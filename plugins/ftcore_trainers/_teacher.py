@@ -29,7 +29,9 @@ def teacher_of(plan: Plan, student: Any) -> Any:
             teacher = AutoModelForCausalLM.from_config(copy.deepcopy(own), dtype=dtype)
     else:
         try:
-            teacher = AutoModelForCausalLM.from_pretrained(config.teacher, dtype=dtype)
+            teacher = AutoModelForCausalLM.from_pretrained(
+                config.teacher, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            )
         except (OSError, ValueError) as error:  # what transformers raises for an id or a folder that is none
             message = f"{config.teacher} cannot be loaded: {' '.join(str(error).split())[:120]}"
             fix = "name a checkpoint folder or hub id of a causal language model"

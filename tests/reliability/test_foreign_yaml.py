@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from yaml_attacks import FILES, PAYLOADS, SECRET, WAYS
 
+from ftcore import pipeline
+from ftcore.catalog import installed
 from ftcore.cli import run as command
+from ftcore.composition import compose, typed
+from ftcore.errors import Refused
 
-COPY = "_target_: shutil.copyfile\n      src: canary\n      dst: stolen"
+SCRIPT = Path(__file__).with_name("yaml_attacks.py")
 OURS = "# @package _global_\n"
-EVIL = {
-    "callbacks": OURS + f"hydra:\n  callbacks:\n    x:\n      {COPY}\n",
-    "job_logging": OURS + "hydra:\n  job_logging:\n    handlers:\n      x:\n        (): shutil.copyfile\n"
-    "        src: canary\n        dst: stolen\n    root:\n      handlers: [x]\n",
-    "hydra_logging": OURS + "hydra:\n  hydra_logging:\n    version: 1\n    handlers:\n      x:\n"
-    "        (): shutil.copyfile\n        src: canary\n        dst: stolen\n    root:\n      handlers: [x]\n",
-    "launcher": OURS + "hydra:\n  launcher:\n    _target_: shutil.copyfile\n    src: canary\n    dst: stolen\n",
-    "sweeper": OURS + "hydra:\n  sweeper:\n    _target_: shutil.copyfile\n    src: canary\n    dst: stolen\n",
-    "params": OURS + "hydra:\n  sweeper:\n    params:\n      +hydra.callbacks.x._target_: shutil.copyfile\n",
-    "package": f"# @package hydra.callbacks\nx:\n      {COPY}\n",
-    "package-dots": f"# @package _global_.hydra.callbacks.x\n{COPY.replace('      ', '')}\n",
-    "defaults": OURS + "defaults:\n  - override /hydra/job_logging: evil\n",
-    "defaults-at": OURS + "defaults:\n  - /recipe/other@hydra.callbacks\n",
-    "dotted": OURS + f"hydra.callbacks.x:\n      {COPY}\n",
-    "searchpath": OURS + "hydra:\n  searchpath: [file:///tmp]\n",
-    "env": OURS + "hydra:\n  job:\n    env_set:\n      PATH: /tmp\n",
-    "output": OURS + "hydra:\n  output_subdir: ../../x\n",
-    "target": OURS + f"trainer:\n  args:\n      {COPY}\n",
-    "list": OURS + f"prompts:\n  - x:\n      {COPY}\n",
-}
+
 WORDS = (
     "+model=llama",
     "model.tiny=true",
@@ -55,23 +45,67 @@ def recipe(in_tmp: Path):
     return write
 
 
-@pytest.mark.parametrize("name", EVIL)
-def test_hydra_is_never_told_by_others(name: str, recipe, capsys, in_tmp: Path) -> None:
-    recipe(EVIL[name])
-    assert command(["-m", *WORDS]) in (2, 65)
-    said = capsys.readouterr().err
-    assert "evil.yaml" in said
-    assert "only ftcore and the command line may" in said
-    assert not (in_tmp / "stolen").exists()
-    assert not (in_tmp / "runs").exists()
+def attacked(folder: Path, *chosen: str) -> list[dict[str, Any]]:
+    """What came of the payloads, in a process that watches itself."""
+    command_line = [sys.executable, str(SCRIPT), *chosen]
+    done = subprocess.run(command_line, capture_output=True, text=True, cwd=folder, timeout=300, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("name", EVIL)
-def test_a_plan_of_it_has_no_effect(name: str, recipe, capsys, in_tmp: Path) -> None:
-    recipe(EVIL[name])
-    command(["plan", *WORDS])
-    capsys.readouterr()
-    assert not (in_tmp / "stolen").exists()
+def test_no_payload_in_any_way_has_an_effect(in_tmp: Path) -> None:
+    """Refused with a message, nothing made, opened or run, no secret shown, by plan and by sweep."""
+    assert len(PAYLOADS) >= 60
+    lines = attacked(in_tmp)
+    assert {(line["name"], line["way"]) for line in lines} == {
+        (name, way) for name in PAYLOADS for way in WAYS if way != "CLI" or name not in FILES
+    }
+    for line in lines:
+        assert line["code"] in (2, 65), line
+        assert line["touched"] == line["made"] == [], line
+        assert SECRET not in line["said"], line
+        assert line["said"].startswith("ftcore: "), line
+        if line["way"] != "CLI":
+            assert "evil.yaml" in line["said"], line
+
+
+def test_what_one_could_wish_for_is_seen_by_the_watch(in_tmp: Path) -> None:
+    """The same process does see a copy that Hydra makes: else the test above would prove nothing."""
+    watched = attacked(in_tmp, "control@CLI")
+    assert [line["touched"] != [] and line["made"] == ["stolen"] for line in watched] == [True]
+
+
+def test_a_recorded_config_of_others_is_data_as_well(in_tmp: Path, capsys) -> None:
+    run = in_tmp / "run"
+    run.mkdir()
+    for text, said in (
+        ("trainer:\n  name: sft\n  args:\n    x: {_target_: os.system}\n", "trainer.args.x: holds `_target_`"),
+        ("objective: ${oc.env:PATH}\n", "objective: reads `${oc.env:PATH`"),
+        ("objective: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
+    ):
+        (run / "config.yaml").write_text(text)
+        assert command(["plan", "run=run"]) in (2, 65)
+        assert said in capsys.readouterr().err
+
+
+def test_listed_variables_may_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    run = typed(compose(["+model=llama", "output_dir='out-${oc.env:SLURM_JOB_ID}'"]))
+    assert run.output_dir == "out-77"
+
+
+def test_a_package_names_no_python_files(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code comes by entry points; a recipe of one's own may name one's own files."""
+    folder = in_tmp / "foreign_conf" / "recipe"
+    folder.mkdir(parents=True)
+    (folder.parent / "__init__.py").touch()
+    (folder / "evil.yaml").write_text("# @package _global_\nplugins: [downloaded.py]\n")
+    monkeypatch.syspath_prepend(str(in_tmp))
+    monkeypatch.setitem(installed().conf, "foreign", "foreign_conf")
+    with pytest.raises(Refused, match=r"evil\.yaml: sets plugins, which only ftcore and the command line may"):
+        compose(["+model=llama", "+recipe=evil"])
+    monkeypatch.delitem(installed().conf, "foreign")
+    with pytest.raises(Refused, match=r"downloaded\.py"):
+        pipeline.prepare(typed(compose(["+model=llama", "+recipe=evil"], str(folder.parent))))
 
 
 def test_a_group_of_hydras_own_is_refused(recipe, capsys, in_tmp: Path) -> None:

@@ -71,14 +71,16 @@ class Jinja:
     def _rendered(self, talk: Conversation, ask: bool, **options: Any) -> str | None:
         from jinja2 import TemplateError
 
+        from ftcore.template_sandbox import rendered
+
         messages = [{"role": role, "content": words} for role, words in talk]
         if thoughts := options.pop("thoughts", None):
             next(m for m in messages if m["role"] == "assistant")["reasoning_content"] = thoughts
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask, **options)
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError):
+            words = {**self._tokenizer.special_tokens_map, **options}
+            return rendered(self.text, messages, add_generation_prompt=ask, **words)[0]
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
             return None
-        return str(text)
 
 
 def fit(tokenizer: PreTrainedTokenizerBase) -> Fit | None:

@@ -12,14 +12,15 @@ _QUESTION, _ANSWER = "thatisthequestion", "thatistheanswer"
 
 def conversation(tokenizer: PreTrainedTokenizerFast) -> str | None:
     """A question and its answer as the chat template writes them; None without a template that does."""
-    from jinja2 import TemplateError
+    from ftcore.chat import render
+    from ftcore.errors import Refused
 
     if not tokenizer.chat_template:
         return None
     messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     try:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, ValueError, KeyError, TypeError):  # made for something else, or none is the default
+        text = render(tokenizer, messages)
+    except (Refused, ValueError):  # made for something else, or none is the default
         return None
     return text if _QUESTION in text and _ANSWER in text else None
 

@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType as Type
 
 from ftcore import Problem, Refused
 from ftcore.errors import Exit
+from ftcore.redaction import without_secrets
 from ftcore_exporters.gguf.mixes import size
 from ftcore_exporters.gguf.worker import HEAD
 
@@ -67,7 +68,9 @@ class Quantizers:
     def _start(self) -> None:
         for _ in range(self.count - len(self._processes)):
             command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=without_secrets(), start_new_session=True
+            )
             self._processes.append(process)
             self._idle.put(process)
 
