@@ -1,11 +1,10 @@
-"""What the tests of decoding share."""
+"""The fast generator and transformers' over one tiny model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 
 from ftcore import hooks as h
@@ -45,8 +44,3 @@ def logprobs_of(model: Any, prompt: Sequence[int], said: Sequence[int], temperat
         logits = model.eval()(input_ids=torch.tensor([[*prompt, *said]], device=model.device)).logits[0].float()
     scores = (logits / temperature).log_softmax(-1)[len(prompt) - 1 : -1]
     return scores.gather(1, torch.tensor(said, device=model.device)[:, None])[:, 0].cpu()
-
-
-@pytest.fixture(scope="module")
-def llama() -> Both:
-    return both("kernels=[reference]")

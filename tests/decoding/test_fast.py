@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Both, both, logprobs_of, prompts_of
+from generators_on_tiny import Both, both, logprobs_of, prompts_of
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ftcore import Sampling
@@ -15,6 +15,11 @@ from ftcore_kernels.decoding.requests import Request
 GREEDY = Sampling(max_new_tokens=20, temperature=0.0)
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi3", "smollm2"]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Both:
+    return both("kernels=[reference]")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,7 +130,9 @@ def test_tokens_are_drawn_from_transformers_s_distribution(llama: Both, name: st
     engine.close()
     llama.fast._engine = None
     with torch.no_grad():
-        logits = llama.model.eval()(input_ids=torch.tensor([prompt])).logits[:, -1].float()
+        logits = (
+            llama.model.eval()(input_ids=torch.tensor([prompt], device=llama.model.device)).logits[:, -1].float().cpu()
+        )
     chances = _chances(sampling, prompt, logits)
     counts = torch.bincount(torch.tensor(found)[:, 0], minlength=len(chances))
     assert not counts[chances == 0].any(), "a token that is left out"
@@ -162,7 +169,8 @@ def test_a_penalty_counts_what_was_written(llama: Both) -> None:
         settings = GenerationConfig(
             max_new_tokens=20, do_sample=False, repetition_penalty=2.0, pad_token_id=0, eos_token_id=None
         )
-        out = llama.model.generate(input_ids=torch.tensor([prompt]), generation_config=settings)
+        asked = torch.tensor([prompt], device=llama.model.device)
+        out = llama.model.generate(input_ids=asked, generation_config=settings)
         theirs = out[0, len(prompt) :].tolist()
         assert said == theirs[: len(said)]
 
