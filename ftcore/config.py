@@ -146,7 +146,7 @@ class TrainerConfig(PluginConfig):
     """Longest row in tokens; the rest is cut off."""
     packing: bool = False
     """Fill each row of a batch with several documents."""
-    optimizer: Optimizer = Optimizer.adamw_torch
+    optimizer: Optimizer = Optimizer.adamw_torch_fused
     """Optimizer name. `adamw_8bit` on a GPU with triton is ftcore's own kernel in bitsandbytes' format; else theirs."""
     embedding_learning_rate: float | None = None
     """Peak learning rate of the embedding and the head, where they are trained; null takes `learning_rate`."""

@@ -1,4 +1,4 @@
-"""The hook that closes a run's trackers; each tracker's module has it."""
+"""The hooks that close a run's trackers; each tracker's module has them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from ftcore import hookimpl
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+    from ftcore.specs import TrainReport
+
+
+@hookimpl(wrapper=True)
+def ftcore_train(trainer: Trainer) -> Generator[None, TrainReport, TrainReport]:
+    """A run that fails, or is stopped, has logged all that it is going to."""
+    from ftcore_extras._tracker import close
+
+    try:
+        return (yield)
+    except BaseException:
+        close(trainer)
+        raise
 
 
 @hookimpl(wrapper=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import queue
+import threading
 from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,6 +20,10 @@ SETTINGS = (
     "seed",
 )
 """What a tracker is told of the config: numbers only, so that nothing secret can be among them."""
+PATIENCE = 30.0
+"""Seconds that the end of a run waits for a tracker."""
+WAITING = 10_000
+"""Messages that wait for a slow tracker at most; those after them are lost."""
 
 
 class TrackedRun(Protocol):
@@ -38,13 +45,18 @@ class TrackedRun(Protocol):
 class Tracker(TrainerCallback):
     """Forwards metrics. Any error of the tracker is said once, and the tracker is left alone from then on.
 
+    It is spoken to from a thread of its own, so that a server that is slow or down costs training no time.
     The run is opened by the first log and closed by `close`, not where training begins and ends: held-out rows are
     measured before the first step and after the last, and both are logged.
+
+    :param patience: Seconds that `close` waits.
     """
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, run: TrackedRun, patience: float = PATIENCE) -> None:
         self._run: TrackedRun | None = run
-        self._open = False
+        self._patience = patience
+        self._thread: threading.Thread | None = None
+        self._said: queue.Queue[tuple[Any, ...]] = queue.Queue(WAITING)
 
     def on_log(
         self,
@@ -54,29 +66,45 @@ class Tracker(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Send the numbers of a log."""
-        if not state.is_world_process_zero:
+        """Send the numbers of a log; what is not finite is none."""
+        if not state.is_world_process_zero or self._run is None:
             return
-        if not self._open:
-            self._open = True
-            self._try("start", {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)})
-        values = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, (int, float))}
-        self._try("log", values, state.global_step)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._speak, name="ftcore-tracker", daemon=True)
+            self._thread.start()
+            self._say("start", {name: getattr(args, name) for name in SETTINGS if hasattr(args, name)})
+        numbers = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, (int, float))}
+        self._say("log", {name: value for name, value in numbers.items() if math.isfinite(value)}, state.global_step)
 
     def close(self) -> None:
-        """Close the run, if one was opened."""
-        if self._open:
-            self._try("finish")
+        """Close the run, if one was opened; a tracker that does not answer is left."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._say("finish")
+            thread.join(self._patience)
+            if thread.is_alive():
+                note(f"tracker left: no answer within {self._patience:g} s; metrics.jsonl is whole")
         self._run = None
 
-    def _try(self, method: str, *values: Any) -> None:
-        if self._run is None:
-            return
+    def _say(self, *message: Any) -> None:
         try:
-            getattr(self._run, method)(*values)
-        except Exception as error:  # a tracker must never stop training, whatever it raises
-            note(f"tracker switched off: {type(error).__name__}: {error}; metrics.jsonl goes on")
-            self._run = None
+            self._said.put_nowait(message)
+        except queue.Full:  # a tracker that hangs must not take all memory
+            return
+
+    def _speak(self) -> None:
+        """Tell the tracker everything, in order, until its end or its first error."""
+        while True:
+            method, *values = self._said.get()
+            try:
+                getattr(self._run, method)(*values)
+            except Exception as error:  # a tracker must never stop training, whatever it raises
+                if self._run is not None:  # else it was left already
+                    note(f"tracker switched off: {type(error).__name__}: {error}; metrics.jsonl goes on")
+                self._run = None
+                return
+            if method == "finish":
+                return
 
 
 def close(trainer: Any) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftcore import ExtraConfig, Plan, hookimpl
 from ftcore_extras._closing import ftcore_evaluate as ftcore_evaluate
+from ftcore_extras._closing import ftcore_train as ftcore_train
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

@@ -56,7 +56,7 @@ class ConcatenatedTrainer(PreferenceTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of a step, whose tokens are counted first."""
-        batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)  # type: ignore[misc]
+        batches, number = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._tokens_of_step = sum(int((self._nll_labels(batch)[:, 1:] != IGNORED).sum()) for batch in batches)
         self._micro_batches = len(batches)
         return batches, number
@@ -104,8 +104,8 @@ class ConcatenatedTrainer(PreferenceTrainer):
     def _nll(self, model: Any, logps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if not self.model.training or self._tokens_of_step is None:
             return -logps.sum() / (labels[:, 1:] != IGNORED).sum()
-        # The trainer divides by the number of micro-batches.
-        return -logps.sum() * (self._micro_batches / self._tokens_of_step)
+        # The trainer divides by the number of micro-batches, and weights a part of one by its share of the rows.
+        return -logps.sum() * (self._micro_batches / self._tokens_of_step / self._share)
 
 
 def _has_answers(row: dict[str, Any]) -> bool:

@@ -31,6 +31,10 @@ class EmbedTrainer(MeanTrainer):
             loss = ranking_loss(first, second, negatives, inputs["same"], self.scale)
         return (loss, (first, second)) if return_outputs else loss
 
+    def whole(self, inputs: Any) -> str:
+        """Ranking compares every row with all others of the micro-batch."""
+        return "a row's negatives are the other rows" if "same" in inputs else ""
+
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, Any, Any]:

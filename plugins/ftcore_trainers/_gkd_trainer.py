@@ -49,14 +49,27 @@ class ChunkedGKDTrainer(LeanLoop, GKDTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """With probability `lmbda`, learn from the policy's own completions of the prompts instead of the rows."""
-        prompts = inputs.pop("prompt_ids")
+        prompts = inputs["prompt_ids"]
         if random.random() < self.lmbda:
             inputs = self._own_completions(prompts)
         # Where completions may be the policy's own, the tokens of a step are not known before it: each micro-batch is
         # a mean of its own then.
         number = num_items_in_batch if self.lmbda == 0 else None
-        loss: Tensor = super(GKDTrainer, self).training_step(model, inputs, number)
+        return super().training_step(model, inputs, number)
+
+    def _one_pass(self, model: Any, inputs: Any, items: Any) -> Tensor:
+        inputs.pop("prompt_ids", None)
+        loss: Tensor = super(GKDTrainer, self).training_step(model, inputs, items)
         return loss
+
+    @property
+    def repeatable(self) -> bool:
+        """Own completions would be others."""
+        return bool(self.lmbda == 0)
+
+    def whole(self, inputs: Any) -> str:
+        """Where completions may be the policy's own, the loss is a mean over the tokens of the micro-batch."""
+        return "" if self.lmbda == 0 else "its loss is a mean over the tokens of completions (trainer.lmbda > 0)"
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

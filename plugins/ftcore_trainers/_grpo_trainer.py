@@ -24,13 +24,21 @@ class GeneratorGRPOTrainer(SharedPrompts, Rollouts, GRPOTrainer):
         loss = super()._compute_loss(model, inputs)
         return loss * self._part_of_step(inputs) if self.loss_type == "bnpo" else loss
 
+    def weight(self, share: float) -> float:
+        """Losses by the tokens of the step are sums already; the others are means over rows."""
+        by_tokens = self.loss_type in ("cispo", "dapo", "vespo")
+        return 1.0 if by_tokens or (self.loss_type == "bnpo" and self._counts_tokens()) else share
+
+    def _counts_tokens(self) -> bool:
+        return not self._entropy_bonus_enabled and not self.aux_loss_enabled
+
     def _part_of_step(self, inputs: dict[str, Any]) -> Any:
         """Makes the mean over a micro-batch's tokens its part of the mean over those of the optimizer step.
 
         TRL's `bnpo` is a mean of means, which depends on how the step is split into micro-batches.
         """
         parts, split = self._buffered_inputs, self.current_gradient_accumulation_steps
-        if not self.model.training or parts is None or self._entropy_bonus_enabled or self.aux_loss_enabled:
+        if not self.model.training or parts is None or not self._counts_tokens():
             return 1
         first = self._step % self.args.steps_per_generation // split * split
         tokens = sum(part["completion_mask"].sum() for part in parts[first : first + split])

@@ -19,11 +19,24 @@ def check_head(plan: Plan, mapping: str) -> Iterator[Problem]:
     name, known = plan.run.trainer.name, model_types(mapping)
     if known and not known & set(plan.family.model_types):
         message = f"transformers has no {plan.trainer.auto_class} of {plan.run.model.name}, which {name} needs"
-        yield Problem("trainer", message, "select another model or another trainer")
+        yield Problem("trainer", message, _use_one_of(known))
     if plan.run.prompts:
         yield Problem("prompts", f"{name} trains no model that answers prompts", "leave it out")
     if plan.run.trainer.packing:
         yield Problem("trainer.packing", f"{name} trains rows, which are not packed", "leave it out")
+
+
+def _use_one_of(model_types: set[str], shown: int = 4) -> str:
+    """The fix that names installed families of these model types."""
+    from ftcore.catalog import installed
+    from ftcore.coverage import family_of
+
+    options = installed().options("model")
+    names = [o.name for o in options if (family := family_of(o)) and model_types & set(family.model_types)]
+    if not names:
+        return "select another trainer"
+    more = " or another family that has one" if len(names) > shown else ""
+    return f"use {' or '.join(f'+model={name}' for name in names[:shown])}{more}"
 
 
 def model_types(mapping: str) -> set[str]:

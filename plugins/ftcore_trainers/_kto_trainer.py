@@ -42,6 +42,11 @@ class FusedKTOTrainer(ReferredTrainer, KTOTrainer):
         self._kl_of_step = self._kl(batches) if self.calculate_KL and len(batches) > 1 else None
         return batches, number
 
+    def before_parts(self, parts: list[Any]) -> None:
+        """The baseline is that of the step also where a micro-batch is cut."""
+        if self.calculate_KL and self._kl_of_step is None:
+            self._kl_of_step = self._kl(parts)
+
     def _kl(self, batches: list[Any]) -> torch.Tensor:
         """Mean over all rows of the log-ratios of mismatched pairs, a scalar."""
         self._kl_of_step = None

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 
-from ftcore.training_checkpoint.trainer import SafeCheckpoints
+from ftcore.guards.memory import FitsMemory
+
+WHOLE = (DistributedType.NO, DistributedType.MULTI_GPU)
+"""Where every process has whole gradients."""
 
 
-class LeanLoop(SafeCheckpoints):
-    """A base to put before a trainer of transformers' kind; with it come ftcore's checkpoints."""
+class LeanLoop(FitsMemory):
+    """A base to put before a trainer of transformers' kind; with it come ftcore's checkpoints and guards."""
 
     model: Any
     optimizer: Any
@@ -28,10 +31,8 @@ class LeanLoop(SafeCheckpoints):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the trainer's own."""
-        # The loop would ask the device after every batch whether the loss is finite, and hide it if it is not.
-        self.args.logging_nan_inf_filter = False
         with _lean(self):
-            return super().train(*args, **kwargs)  # type: ignore[misc]
+            return super().train(*args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """transformers' own statistic, with the parameters counted once."""
@@ -43,11 +44,17 @@ class LeanLoop(SafeCheckpoints):
         return int(6 * inputs[main].numel() * self._weights)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        if self.accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU):
+        if self.accelerator.distributed_type not in WHOLE:
             return super()._clip_grad_norm(model)  # type: ignore[misc]
         self.accelerator.unscale_gradients()
-        gradients = [p for p in optimized(self.optimizer) if p.grad is not None]
-        return torch.nn.utils.clip_grad_norm_(gradients, self.args.max_grad_norm)
+        parameters = [p for p in optimized(self.optimizer) if p.grad is not None]
+        return torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self.accelerator.distributed_type in WHOLE:  # nothing is clipped
+            self.accelerator.unscale_gradients()
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in optimized(self.optimizer) if p.grad is not None])
+        return super()._get_grad_norm(model, grad_norm)
 
 
 def optimized(optimizer: Any) -> Iterator[torch.nn.Parameter]:

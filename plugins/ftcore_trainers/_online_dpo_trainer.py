@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class GeneratorOnlineDPOTrainer(LeanLoop, OnlineDPOTrainer):
     """Two completions for each prompt, the better one of which is chosen; the loss and its metrics are TRL's."""
 
+    repeatable = False
+
     def __init__(self, generator: Generator, reference: Reference, **kwargs: Any) -> None:
         super().__init__(ref_model=reference, **kwargs)
         add_fused_lm_head(base_of(self.model))

@@ -40,6 +40,11 @@ class PPOTrainer(LeanLoop, Trainer):
     policy's last hidden states, read in the same pass as its log-probabilities.
     """
 
+    kept = (*LeanLoop.kept, "_rollout", "_order")
+
+    prepares = True
+    repeatable = False
+
     def __init__(
         self,
         settings: Config,
@@ -185,6 +190,10 @@ class PPOTrainer(LeanLoop, Trainer):
         # The loop divides by the number of micro-batches, which the division by tokens did.
         return loss * (self.current_gradient_accumulation_steps if self.model.training else 1)
 
+    def weight(self, share: float) -> float:
+        """A sum by the tokens of the step needs none."""
+        return 1.0
+
     def _look_at(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, values and entropies of the actions `[rows, tokens]`, from one pass."""
         with hidden_states(base_of(self.model).base_model) as seen:
@@ -226,9 +235,13 @@ class PPOTrainer(LeanLoop, Trainer):
             is_training=True,
         )
 
+    def kept_now(self) -> tuple[str, ...]:
+        """With the rollout, where the next step learns from it once more."""
+        return self.kept if self._batches % self._uses else self.kept[:-2]
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the Trainer's, and counted."""
-        if self._batches < 0:  # a run that goes on may begin within a rollout, which is then made anew
+        if self._batches < 0:  # a run that goes on may begin within a rollout
             self._batches = self.state.global_step * self.args.gradient_accumulation_steps
         loss: Tensor = super().training_step(*args, **kwargs)
         self._batches += 1
@@ -236,6 +249,9 @@ class PPOTrainer(LeanLoop, Trainer):
 
     def _prepare_inputs(self, inputs: Rows) -> Batch:
         """The prompts' rollout where there is none yet, and the micro-batch of it whose turn it is."""
+        if self._given is not None:
+            given: Batch = self._given
+            return given
         if not self.model.training:
             rollout = self.roll_out(inputs)
             return rollout | {"tokens": rollout["mask"].sum()}

@@ -23,6 +23,11 @@ class Rollouts(LeanLoop):
     model: Any
     beta: float
     max_completion_length: int
+    prepares = True
+    repeatable = False
+    _step: int
+    num_iterations: int
+    kept = (*LeanLoop.kept, "_step", "_buffered_inputs")
 
     def __init__(self, generator: Generator, reference: Reference | None, **kwargs: Any) -> None:
         args = kwargs["args"]
@@ -32,6 +37,25 @@ class Rollouts(LeanLoop):
         self.ref_model = reference
         self._generator = generator
         self.add_callback(weights_changed(generator))  # type: ignore[attr-defined]
+
+    def kept_now(self) -> tuple[str, ...]:
+        """With the rollout, where the next step learns from it once more."""
+        whole = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        # Several processes have a rollout each, and one checkpoint: they make theirs anew, as TRL does.
+        return self.kept[:-1] if whole or self.args.world_size > 1 else self.kept
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, which counts micro-batches here, not the passes that one takes."""
+        loss = super().training_step(*args, **kwargs)
+        self._step += 1
+        return loss
+
+    def _one_pass(self, *args: Any) -> Any:
+        step = self._step
+        try:
+            return super()._one_pass(*args)
+        finally:
+            self._step = step
 
     def complete(self, prompt_ids: Sequence[Sequence[int]], images: Any) -> Completions:
         """One completion per prompt; TRL repeats each prompt once per completion of its group already."""

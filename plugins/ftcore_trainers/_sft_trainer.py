@@ -85,6 +85,11 @@ class FusedSFTTrainer(LeanLoop, SFTTrainer):
             logs["eval_perplexity"] = perplexity(logs["eval_loss"] - self._of_router(mode))
         super().log(logs, start_time)
 
+    def forget_evaluation(self) -> None:
+        """The sums as well."""
+        super().forget_evaluation()
+        self._sums["eval"] = TokenSums()
+
     def _of_router(self, mode: str) -> float:
         """The part of the loss that is no likelihood: that of a mixture of experts for balance between them."""
         values = self._metrics[mode].get("aux_loss")

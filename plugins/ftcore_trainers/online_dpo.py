@@ -112,6 +112,8 @@ def ftcore_make_trainer(
         "loss_type": config.loss_type,
         **shared(plan, False),
     }
+    # Prompts are text: accelerate, which hands the batches of a stream out from the first process, knows tensors only.
+    arguments["accelerator_config"] |= {"dispatch_batches": False}
     with kept_dtypes(model):
         return quiet(
             GeneratorOnlineDPOTrainer(

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -272,6 +273,31 @@ def test_optimizer_is_the_same_with_triton(op, device, monkeypatch):
         assert torch.equal(before, each[2])
         steps(optimizer, 4, 6)  # now with different step numbers in one group
     assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("triton", [False, True])
+def test_a_step_that_is_not_finite_changes_nothing(device, triton, request, monkeypatch):
+    if triton:
+        request.getfixturevalue("with_triton")
+    ours = parameters(device, torch.float32)
+    theirs = copy.deepcopy(ours)
+    optimizer, other = AdamW8bit(ours, lr=1e-2, weight_decay=0.1), AdamW8bit(theirs, lr=1e-2, weight_decay=0.1)
+    steps(optimizer, 0, 2)
+    steps(other, 0, 2)
+    for parameter in ours:
+        parameter.grad = torch.full_like(parameter, math.nan)
+    optimizer.found_inf = torch.tensor(1.0, device=device)
+    optimizer.step()
+    assert optimizer.found_inf is None
+    optimizer.uncount_step()
+    assert all(map(torch.equal, ours, theirs))
+    optimizer.found_inf = torch.tensor(0.0, device=device)
+    steps(optimizer, 2, 4)
+    steps(other, 2, 4)
+    for mine, its in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, its)
+        for name, value in optimizer.state[mine].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other.state[its][name])), name
 
 
 def test_learning_rate_decay_and_zero_gradients(device):

@@ -52,7 +52,11 @@ class _Group(NamedTuple):
 
 @torch.no_grad()
 def adamw_8bit(
-    tensors: Sequence[Tensors], update: Update, grad_scale: torch.Tensor | None = None, table: Table | None = None
+    tensors: Sequence[Tensors],
+    update: Update,
+    grad_scale: torch.Tensor | None = None,
+    table: Table | None = None,
+    found_inf: torch.Tensor | None = None,
 ) -> None:
     """Make one step of AdamW, in place, in fp32 with one rounding of the parameter, to nearest even.
 
@@ -63,6 +67,7 @@ def adamw_8bit(
     :param update: The step's numbers.
     :param grad_scale: One fp32 number on the device that every gradient is multiplied by: the factor of a clipped norm.
     :param table: Spares the addresses that stayed the same since the last call with it.
+    :param found_inf: One fp32 number on the device; nothing is written unless it is 0.
     """
     table = Table() if table is None else table
     groups: dict[tuple[torch.dtype, torch.dtype, bool], list[Tensors]] = {}
@@ -72,11 +77,15 @@ def adamw_8bit(
             groups.setdefault(key, []).append(each)
     for key, members in groups.items():
         group = table.groups[key] = _place(members, table.groups.get(key))
-        _step(key, group, update, grad_scale)
+        _step(key, group, update, grad_scale, found_inf)
 
 
 def _step(
-    key: tuple[torch.dtype, torch.dtype, bool], group: _Group, update: Update, grad_scale: torch.Tensor | None
+    key: tuple[torch.dtype, torch.dtype, bool],
+    group: _Group,
+    update: Update,
+    grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
 ) -> None:
     """Launch the kernel over the tiles of a group, and over the ragged ones."""
     param, grad, eight_bit = key
@@ -86,7 +95,7 @@ def _step(
         if programs.numel():
             with torch.cuda.device_of(group.addresses):
                 _adamw_kernel[(programs.numel(),)](
-                    group.addresses, group.grad_addresses, programs, _maps(device), grad_scale,
+                    group.addresses, group.grad_addresses, programs, _maps(device), grad_scale, found_inf,
                     update.keep, beta1, 1 - beta1, beta2, 1 - beta2, update.step_size, update.corrected_eps,
                     P=_TYPES[param], G=_TYPES[grad], EIGHT_BIT=eight_bit, RAGGED=ragged, ALIGNED=group.aligned,
                     BLOCKS=group.tile // BLOCK, BLOCK=BLOCK, SHARED=_SHARED, EXACT=_EXACT,
@@ -98,7 +107,7 @@ def _step(
 
 @triton.jit
 def _adamw_kernel(
-    table_ptr, grads_ptr, programs_ptr, maps_ptr, grad_scale_ptr,
+    table_ptr, grads_ptr, programs_ptr, maps_ptr, grad_scale_ptr, found_inf_ptr,
     keep, beta1, rest1, beta2, rest2, step_size, eps,
     P: tl.constexpr, G: tl.constexpr, EIGHT_BIT: tl.constexpr, RAGGED: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr,
@@ -108,6 +117,9 @@ def _adamw_kernel(
     where parameter, m, v and their scales lie, how many elements there are, and the tensor's first program.
     """
     TILE: tl.constexpr = BLOCKS * BLOCK
+    if found_inf_ptr is not None:  # noqa: SIM102  Triton would load from None
+        if tl.load(found_inf_ptr) != 0:
+            return
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(programs_ptr + program)
     table_ptr += tensor * 7

@@ -29,6 +29,9 @@ class AdamW8bit(torch.optim.Optimizer):
 
     clip_coefficient: torch.Tensor | None = None
     """One fp32 number on the device that the next step multiplies every gradient by; the step sets it to None."""
+    found_inf: torch.Tensor | None = None
+    """One fp32 number on the device; unless it is 0, the next step changes nothing there, as PyTorch's fused optimizers
+    have it. The step sets it to None, and counts: `uncount_step` takes that back."""
 
     def __init__(
         self,
@@ -46,10 +49,12 @@ class AdamW8bit(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "min_8bit_size": min_8bit_size}
         super().__init__(params, defaults)
         self._tables: dict[tuple[int, int], Any] = {}
+        self._counted: list[dict[str, Any]] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._tables = {}
+        self._counted = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -59,6 +64,8 @@ class AdamW8bit(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         clip, self.clip_coefficient = self.clip_coefficient, None
+        skip, self.found_inf = self.found_inf, None
+        self._counted = []
         for number, group in enumerate(self.param_groups):
             # Parameters share a step number unless they joined, or had no gradient, at some time.
             together: dict[tuple[torch.device, int], list[Tensors]] = {}
@@ -72,10 +79,16 @@ class AdamW8bit(torch.optim.Optimizer):
                     together.setdefault(key, []).append(tensors)
             for part, ((device, step), members) in enumerate(together.items()):
                 update = Update(step, float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
-                self._update((number, part), device, members, update, clip)
+                self._update((number, part), device, members, update, clip, skip)
             for parameter, copy in copies:
                 parameter.copy_(copy)
         return loss
+
+    def uncount_step(self) -> None:
+        """Make the last step one that was not made: to be called where `found_inf` kept it from changing anything."""
+        for state in self._counted:
+            state["step"] -= 1
+        self._counted = []
 
     def _tensors(self, parameter: torch.Tensor, min_8bit_size: int) -> Tensors:
         """The parameter with its gradient and its state, made if there is none; counts the step."""
@@ -94,6 +107,7 @@ class AdamW8bit(torch.optim.Optimizer):
                 if eight_bit:
                     state[f"absmax_{name}"] = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
         state["step"] += 1
+        self._counted.append(state)
         written = parameter if parameter.is_contiguous() else parameter.contiguous()
         return Tensors(written, grad.contiguous(), state["m"], state["v"], state.get("absmax_m"), state.get("absmax_v"))
 
@@ -104,16 +118,17 @@ class AdamW8bit(torch.optim.Optimizer):
         tensors: list[Tensors],
         update: Update,
         clip: torch.Tensor | None,
+        skip: torch.Tensor | None,
     ) -> None:
         """Call the op, or its twin."""
         if runs_triton(device):
             from ftcore_kernels.ops import adamw_8bit as op
 
-            op.adamw_8bit(tensors, update, clip, self._tables.setdefault(place, op.Table()))
+            op.adamw_8bit(tensors, update, clip, self._tables.setdefault(place, op.Table()), skip)
         else:
             from ftcore_kernels.reference import adamw_8bit as twin
 
-            twin.adamw_8bit(tensors, update, clip)
+            twin.adamw_8bit(tensors, update, clip, skip)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, to the last bit: PyTorch's own would make all of it the parameters' dtype."""

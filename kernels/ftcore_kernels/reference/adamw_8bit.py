@@ -69,16 +69,23 @@ class Update(NamedTuple):
 
 
 @torch.no_grad()
-def adamw_8bit(tensors: Sequence[Tensors], update: Update, grad_scale: torch.Tensor | None = None) -> None:
+def adamw_8bit(
+    tensors: Sequence[Tensors],
+    update: Update,
+    grad_scale: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
+) -> None:
     """Make one step of AdamW, in place, in fp32 with one rounding of the parameter, to nearest even.
 
     :param tensors: Any number of parameters, in any mix of dtypes.
     :param update: The step's numbers.
     :param grad_scale: One fp32 number on the device that every gradient is multiplied by: the factor of a clipped norm.
+    :param found_inf: One fp32 number on the device; nothing is written unless it is 0.
     """
     for each in tensors:
         check(each)
-        _update(each, update, grad_scale)
+        if found_inf is None or not found_inf:
+            _update(each, update, grad_scale)
 
 
 def _update(tensors: Tensors, update: Update, grad_scale: torch.Tensor | None) -> None:

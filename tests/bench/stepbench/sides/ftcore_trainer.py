@@ -29,8 +29,25 @@ def trained(
     """The trainer plugin's trainer, after it has trained on the rows."""
     from ftcore import hooks as h
 
+    trainer = made(hooks, plan, loaded, rows, [callback], rewards, generator)
+    hooks.first(h.ftcore_train, plan=plan, trainer=trainer)
+    return trainer
+
+
+def made(
+    hooks: Any,
+    plan: Any,
+    loaded: Any,
+    rows: Any,
+    callbacks: Sequence[Any] = (),
+    rewards: Sequence[Any] = (),
+    generator: Any = None,
+) -> Any:
+    """The trainer plugin's trainer, before it trains on the rows."""
+    from ftcore import hooks as h
+
     plan.output_dir.mkdir(parents=True)
-    trainer = hooks.first(
+    return hooks.first(
         h.ftcore_make_trainer,
         plan=plan,
         model=loaded.model,
@@ -38,9 +55,7 @@ def trained(
         dataset={"train": rows},
         collator=hooks.maybe(h.ftcore_make_collator, plan=plan, tokenizer=loaded.tokenizer),
         rewards=list(rewards),
-        callbacks=[*hooks.collect(h.ftcore_callbacks, plan=plan), callback],
+        callbacks=[*hooks.collect(h.ftcore_callbacks, plan=plan), *callbacks],
         generator=generator,
         optimizer=hooks.maybe(h.ftcore_make_optimizer, plan=plan, model=loaded.model),
     )
-    hooks.first(h.ftcore_train, plan=plan, trainer=trainer)
-    return trainer
