@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["ftcore.testing"]  # Triton's interpreter where there is no GPU, chosen before anything imports Triton
+# The first chooses Triton's interpreter where there is no GPU, before anything imports Triton.
+pytest_plugins = ["ftcore.testing", "few"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core each, instead of every worker on all of them

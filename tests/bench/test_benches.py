@@ -57,9 +57,8 @@ def test_every_side_runs_and_the_first_losses_agree(tmp_path: Path) -> None:
     assert len((tmp_path / "profile-0.6b-lora.txt").read_text(encoding="utf-8").splitlines()) > 12
 
 
-@pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=() if row == "1b-qwen3-moe" else pytest.mark.slow) for row in MID]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("row", MID)
 def test_families_are_measured_on_the_same_parameters(row: str, tmp_path: Path) -> None:
     done = run("train_step.py", row, "--device", "cpu", "--tiny", "--sides", "hf,ftcore", out=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -94,6 +93,7 @@ def test_images_are_before_the_words_and_are_not_trained() -> None:
         trainers.dataset(job, labels=True)
 
 
+@pytest.mark.slow
 def test_a_side_that_fails_is_shown_and_the_others_go_on(tmp_path: Path) -> None:
     words = ["--device", "cpu", "--tiny", "--quantizer", "bnb_int8", "--sides", "hf,ftcore", "--memory", "least,auto"]
     done = run("train_step.py", *words, out=tmp_path)

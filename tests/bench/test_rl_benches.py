@@ -17,7 +17,8 @@ from ftcore.bytes_tokenizer import byte_tokenizer
 TINY = ("--device", "cpu", "--tiny")
 
 
-@pytest.mark.parametrize("trainer", ["grpo", *(pytest.param(t, marks=pytest.mark.slow) for t in ("dpo", "kto"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["grpo", "dpo", "kto"])
 def test_both_sides_take_the_same_first_step(trainer: str, tmp_path: Path) -> None:
     words = [*TINY, "--trainers", trainer, "--memory", "least", "--ahead", *(["--profile"] if trainer == "dpo" else [])]
     done = run("preference_step.py", *words, out=tmp_path)
@@ -45,7 +46,8 @@ def test_a_whole_step_on_nf4_writes_every_token(tmp_path: Path) -> None:
     assert "+quantizer=bnb_nf4" in result["ftcore"]
 
 
-@pytest.mark.parametrize("trainer", ["grpo", pytest.param("ppo", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["grpo", "ppo"])
 def test_rewards_of_every_seed_are_read(trainer: str, tmp_path: Path) -> None:
     words = [trainer, *TINY, "--steps", "2", "--seeds", "0", "--size", "8", "--new", "2", "--", "data.size=50"]
     done = run("rl_curves.py", *words, out=tmp_path)

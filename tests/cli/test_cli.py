@@ -12,7 +12,7 @@ import pytest
 
 import ftcore
 from ftcore.catalog import installed
-from ftcore.cli import TASKS, split_task
+from ftcore.cli import TASKS, run, split_task
 from ftcore.config import KINDS
 from ftcore.errors import Refused
 
@@ -90,19 +90,21 @@ def test_plan_shows_everything_and_writes_nothing(ftcore_cli, in_tmp: Path) -> N
     assert list(in_tmp.iterdir()) == []
 
 
-def test_preview_marks_what_is_trained(ftcore_cli) -> None:
-    done = ftcore_cli("preview", *TINY, "+trainer=sft", "data=alpaca", "preview.rows=1")
-    assert done.returncode == 0, done.stderr
+def test_preview_marks_what_is_trained(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["preview", *TINY, "+trainer=sft", "data=alpaca", "preview.rows=1"]) == 0
+    said = capsys.readouterr().out
     first = json.loads(
         (Path(installed().find("data", "alpaca").source()).parent / "samples/alpaca.jsonl").open().readline()
     )
-    assert f"[[{first['output']}<|im_end|>]]" in done.stdout
-    assert "24 rows" in done.stdout
-    prompts = ftcore_cli("preview", *TINY, "+trainer=grpo", "preview.rows=1")
-    assert "<|im_start|>assistant" in prompts.stdout
-    assert "answer:" in prompts.stdout
+    assert f"[[{first['output']}<|im_end|>]]" in said
+    assert "24 rows" in said
+    assert run(["preview", *TINY, "+trainer=grpo", "preview.rows=1"]) == 0
+    said = capsys.readouterr().out
+    assert "<|im_start|>assistant" in said
+    assert "answer:" in said
 
 
+@pytest.mark.slow
 def test_train_export_chat_and_runs(ftcore_cli, in_tmp: Path) -> None:
     few = ("trainer.max_steps=1", "trainer.global_batch=2", "sampling.max_new_tokens=4")
     done = ftcore_cli(*TINY, "+trainer=sft", *few, "output_dir=runs/mine")

@@ -865,6 +865,8 @@ def call(command: list[str], folder: Path, **variables: str) -> subprocess.Compl
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False, env=environment)
 
 
+@pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize("case", TIMED)
 def test_the_command_itself_answers_in_time(case: str, in_tmp: Path) -> None:
     what = CASES[case]

@@ -194,7 +194,14 @@ def test_logits_of_whole_batches_never_exist(in_tmp: Path) -> None:
     assert 0 < seen.logits < seen.tokens / 4
 
 
-@pytest.mark.parametrize(("trainer", "model"), [("sft", "qwen3"), ("cpt", "llama"), ("sft", "qwen3_moe")])
+@pytest.mark.parametrize(
+    ("trainer", "model"),
+    [
+        ("sft", "qwen3"),
+        pytest.param("cpt", "llama", marks=pytest.mark.slow),
+        pytest.param("sft", "qwen3_moe", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_reports_perplexity_and_accuracy(in_tmp: Path, capsys, trainer: str, model: str) -> None:
     words = [f"+model={model}", "model.tiny=true", f"+trainer={trainer}", *SHORT, "data.eval_size=4"]
     metrics = ftcore.run(words).metrics

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from ftcore import cli
 
 FEW = (
@@ -44,6 +46,7 @@ def sweep(*words: str) -> int:
     return cli.run(["-m", "+model=smollm2,qwen3", "model.tiny=true", *FEW, *words])
 
 
+@pytest.mark.slow
 def test_models_and_trainers_in_one_process_leave_the_libraries_alone(in_tmp: Path) -> None:
     runs = (["+trainer=sft"], ["+trainer=grpo", "trainer.max_completion_length=4", "trainer.global_batch=4"])
     assert [sweep(*words) for words in runs] == [0, 0]  # whatever the libraries import lazily is there now

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=() if path.stem == "command_line" else pytest.mark.slow) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_notebook_runs(path: Path, environment: Mapping[str, str], tmp_path: Path) -> None:
     book = nbformat.read(path, as_version=4)
     client = NotebookClient(book, kernel_name="python3", timeout=240, resources={"metadata": {"path": str(tmp_path)}})

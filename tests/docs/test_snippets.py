@@ -26,9 +26,15 @@ if TYPE_CHECKING:
 RUN = ("bash", "shell", "python")
 MOST_SKIPPED = 13
 TESTED = [page for page in PAGES if any(b.language in RUN for b in blocks(page))]
+LONGEST = ["data", "evaluate", "export", "preference", "python", "qlora", "resume", "rl", "speech", "track", "vision"]
+"""How-to guides whose commands train for a minute and more; they run in CI's second step."""
 
 
-@pytest.mark.parametrize("page", TESTED, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page.stem in LONGEST else ()) for page in TESTED],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
 def test_page_runs(page: Path, environment: Mapping[str, str], tmp_path: Path) -> None:
     said: str | None = None
     for block in blocks(page):

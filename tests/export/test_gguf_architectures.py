@@ -125,7 +125,7 @@ def reference(name: str, folder: Path, ids: list[int], exact: bool = True) -> to
         return model(input_ids=torch.tensor([ids])).logits[0].float()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if "-" in case else ()) for case in CASES])
 def test_float32_gives_the_same_logits(case: str, tmp_path: Path) -> None:
     """Within 1e-4; of Gemma so against transformers with llama.cpp's GELU, and within 1e-3 with its own."""
     name, changes = CASES[case]

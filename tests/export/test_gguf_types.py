@@ -93,6 +93,7 @@ CASES: dict[str, tuple[Shapes, str, int, int, int | list[int]]] = {
     "gemma3": (dense(18, 640, tied=True), "gemma3", 0, 4, 1),
     "convolved": (convolved(16, 256), "lfm2", 0, 32, [0, 8] * 8),
 }
+FEW = ("untied", "rows-of-576", "eight-experts", "fused", "convolved")
 
 
 def written(path: Path, case: str) -> dict[str, np.ndarray]:
@@ -145,7 +146,7 @@ def quantized(folder: Path, source: Path, kinds: Sequence[str]) -> dict[str, ggu
     return {kind: gguf.GGUFReader(target) for kind, (_, target, _) in zip(kinds, jobs, strict=True)}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in FEW else pytest.mark.slow) for case in CASES])
 def test_types_and_bytes_are_those_of_llama_cpp(case: str, tmp_path: Path) -> None:
     """The same type for every tensor of every mix, and the same bytes."""
     shapes, arch, experts, heads, shared = CASES[case]

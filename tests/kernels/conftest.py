@@ -23,6 +23,12 @@ SLOW_ON_CPU = [pytest.mark.slow] if DEVICE.type == "cpu" else []
 # (forward, gradient) ceilings of the relative error in norm.
 CEILINGS = {torch.float32: (1e-5, 1e-5), torch.float16: (4e-3, 1e-2), torch.bfloat16: (4e-3, 1e-2)}
 
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Every value of every parameter by default, and their products in CI's second step: see tests/few.py."""
+    item.add_marker("few")
+
+
 Function = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 Compare = Callable[[Function, Function, Function, Sequence[torch.Tensor]], None]
 Step = Callable[..., dict[str, torch.Tensor]]

@@ -115,7 +115,15 @@ def test_families(family, lora) -> None:
     assert_same(plain, manual(ours, batch()), batch())
 
 
-@pytest.mark.parametrize("family", ["llama with biases", "qwen2", "gemma2", "gemma3", "phi3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama with biases",
+        "gemma3",
+        "phi3",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "gemma2")),
+    ],
+)
 @pytest.mark.parametrize("lora", [None, pytest.param(False, marks=pytest.mark.slow)])
 def test_families_on_triton(family, lora) -> None:
     maths.needs_triton("triton")
@@ -206,8 +214,8 @@ def test_gradients_do_not_depend_on_what_is_kept(family, lora) -> None:
 @pytest.mark.parametrize(
     ("family", "levels"),
     [
-        ("llama", [0]),
         ("qwen3", [0]),
+        pytest.param("llama", [0], marks=pytest.mark.slow),
         pytest.param("llama", range(1, LEVELS), marks=pytest.mark.slow),
         pytest.param("qwen3", range(1, LEVELS), marks=pytest.mark.slow),
         pytest.param("gemma2", range(LEVELS), marks=pytest.mark.slow),
@@ -639,6 +647,7 @@ def untouched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(folder / "found.pt")
 
 
+@pytest.mark.slow
 def test_a_process_without_ftcore_computes_the_same(untouched, kernel_set) -> None:
     model = adapt(build("qwen3"), r=6, lora_alpha=9)
     model.load_state_dict(untouched["weights"])

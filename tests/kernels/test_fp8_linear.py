@@ -251,7 +251,7 @@ def pretend_scaled_mm(monkeypatch, error=None):
 
 
 @pytest.mark.parametrize("error", [None, "CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLt"], ids=["kernel", "none"])
-@pytest.mark.parametrize("m", [5, 272, 289])
+@pytest.mark.parametrize("m", [5, *(pytest.param(m, marks=pytest.mark.slow) for m in (272, 289))])
 def test_padding_and_shapes_that_cublas_has_no_kernel_for(device, dtype, monkeypatch, m, error):
     pretend_scaled_mm(monkeypatch, error)
     x, (q, scale) = rows(m, 64, device, dtype), weight(32, 64, device, dtype)

@@ -41,6 +41,7 @@ def by_peft(family: str, **settings: Any) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **settings))
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(
     ("family", "kernel_set"),
     [

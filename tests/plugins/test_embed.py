@@ -48,6 +48,7 @@ def scored() -> list[dict[str, Any]]:
     return [{"sentence1": f"{w} one", "sentence2": f"{w} two", "score": s} for w, s in zip(WORDS, scores, strict=True)]
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 @pytest.mark.parametrize(
     ("rows", "measured"), [(pairs(), "recall_at_1"), (pairs(negatives=True), "recall_at_1"), (scored(), "spearman")]

@@ -119,6 +119,7 @@ def no_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ftcore_kernels.layers.decoder._own", refuse)
 
 
+@pytest.mark.few
 @pytest.mark.usefixtures("no_way_out")
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,7 +132,9 @@ def test_layers_keep_loss_and_gradients(family: str, adapter: str) -> None:
 
 @pytest.mark.usefixtures("no_way_out")
 @pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name == "phi3" else pytest.mark.slow) for name in FAMILIES]
+)
 def test_layers_in_triton_keep_loss_and_gradients(family: str, adapter: str) -> None:
     model, plain = pair(*tiny(family), *ADAPTERS[adapter], kernel_set="triton")
     assert_same(model, plain, batch(padded=True), policies=(0, 4))  # the interpreter is slow
@@ -165,6 +168,7 @@ def test_the_window_reaches_the_layers(family: str) -> None:
     assert maths.apart(maths.loss_and_gradients(model, batch(padded=False))[0], narrow) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "shape"), PARAMETERS)
 def test_shapes_are_of_the_published_size(family: str, shape: str) -> None:
     model = runs.prepared([f"+model={family}", "model.tiny=true"])[1].family

@@ -162,7 +162,9 @@ def test_a_step_in_bf16(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU takes every family")
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("bert", "whisper") else ()) for name in ON_CPU]
+)
 def test_a_step_on_the_cpu(name: str, tmp_path: Path) -> None:
     assert_a_good_step(name, "float32", tmp_path)
 

@@ -59,6 +59,7 @@ def test_adapters_are_ordinary_and_in_float32(in_tmp: Path, dtype: str) -> None:
         assert torch.equal(parameter, theirs[name]), "it starts elsewhere than over 16-bit weights"
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_three_steps(in_tmp: Path, backward: str, dtype: str) -> None:

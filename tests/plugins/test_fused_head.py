@@ -58,7 +58,7 @@ def logged(seen: Seen) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_sft_logs_what_trl_logs(watched, adapter) -> None:
     words = (*SFT, f"adapter={adapter}", "trainer.micro_batch=4", "trainer.eval_steps=1")
     ours, theirs = watched(*words, "kernels=[reference]"), watched(*words, "kernels=[]")
@@ -84,7 +84,13 @@ def test_sft_logs_what_trl_logs(watched, adapter) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*label_smoothing_factor:FutureWarning")
-@pytest.mark.parametrize("words", [("trainer.args={loss_type: dft}",), ("trainer.args={label_smoothing_factor: 0.1}",)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("trainer.args={loss_type: dft}",),
+        pytest.param(("trainer.args={label_smoothing_factor: 0.1}",), marks=pytest.mark.slow),
+    ],
+)
 def test_other_losses_are_trl_s(watched, words) -> None:
     words = (*SFT, *words)
     ours, theirs = watched(*words, "kernels=[reference]"), watched(*words, "kernels=[]")
@@ -102,6 +108,7 @@ def test_packed_rows(watched) -> None:
             assert mine[name] == pytest.approx(other[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_micro_batches_make_the_same_step(watched) -> None:
     """One step of SGD on rows with different numbers of supervised tokens moves the weights by the gradient."""
     words = (

@@ -73,6 +73,7 @@ def assert_same(one: Any, other: Any, tolerance: float = 1e-5) -> None:
     assert not far
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("tokens", [0, 1e9], ids=["as long as it is", "filled up"])
 def test_packed_is_separate(model, tokens) -> None:
     packed = collated(rows(), True, tokens)
@@ -82,6 +83,7 @@ def test_packed_is_separate(model, tokens) -> None:
     assert_same(summed(model, [packed]), summed(model, separate))
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("tokens", [0, 1e9], ids=["as long as it is", "filled up"])
 def test_padded_is_separate(model, tokens) -> None:
     documents = [row for row in rows() if len(row["input_ids"]) > 1]
@@ -100,6 +102,7 @@ def hidden(model: Any, documents: list[dict[str, Any]]) -> list[torch.Tensor]:
     return list(out.split([len(row["input_ids"]) for row in documents]))
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("changed", [0, 2, 5, len(LENGTHS) - 1])
 def test_a_changed_document_leaves_the_others(model, changed) -> None:
     documents = rows()
@@ -208,7 +211,7 @@ class Nothing:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
-@pytest.mark.parametrize("packing", ["true", "false"])
+@pytest.mark.parametrize("packing", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_run_fills_its_batches_up(in_tmp, packing) -> None:
     words = ["+model=qwen3", "model.tiny=true", "model.dtype=float32", "+trainer=sft", "trainer.max_length=150"]
     words += [f"trainer.packing={packing}", "trainer.max_steps=3", "trainer.global_batch=4", "trainer.micro_batch=2"]

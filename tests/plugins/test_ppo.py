@@ -198,6 +198,7 @@ def test_a_rollout_is_on_policy_and_starts_at_the_reference(tmp_path: Path) -> N
     assert logged["approx_kl"][-1][0] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_any_split_into_micro_batches_makes_the_same_steps(in_tmp: Path) -> None:
     """Two steps of SGD on one rollout: adapter and value head move alike."""
 

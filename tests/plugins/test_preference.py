@@ -68,6 +68,7 @@ class Widest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", TRAINERS[:4])
 def test_logits_are_those_of_the_answers_only(made, name, mode) -> None:

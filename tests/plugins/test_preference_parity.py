@@ -14,6 +14,8 @@ from preference_runs import gradients_of, held, move, rows_of
 
 from ftcore.testing import maths, runs
 
+pytestmark = pytest.mark.slow  # TRL alone, in a process of its own
+
 TEN = 1e-5
 CASES: dict[str, tuple[str, str, tuple[str, ...], dict[str, Any]]] = {
     "dpo": ("dpo", "lora", (), {}),

@@ -50,7 +50,7 @@ SPLIT = {
     "dr_grpo": ("+trainer=grpo", "trainer.num_generations=2", "trainer.loss_type=dr_grpo"),
     "rloo": ("+trainer=rloo", "trainer.num_generations=2"),
 }
-SLOW = ("gspo", "dr_grpo", "rloo")
+SLOW = ("bnpo", "dapo", "gspo", "dr_grpo", "rloo")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in SPLIT])
@@ -152,7 +152,7 @@ def test_the_sampler_gets_the_temperature_that_the_loss_has(grpo) -> None:
     assert (sampling.temperature, sampling.max_new_tokens, sampling.top_p) == (0.7, 6, 1.0)
 
 
-@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo"])
+@pytest.mark.parametrize("name", ["grpo", pytest.param("rloo", marks=pytest.mark.slow), "ppo"])
 def test_the_reference_is_the_start_or_the_base(in_tmp: Path, name: str) -> None:
     """A run on a trained adapter is at no distance from its start, and at some from its base."""
     loaded = runs.loaded([*TINY, "kernels=[]"])
@@ -188,6 +188,7 @@ def test_online_dpo_s_log_probabilities(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, theirs * completion_mask, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_online_dpo_steps_do_not_depend_on_the_split(in_tmp: Path) -> None:
     """Greedy enough that each prompt's completions are the same in any batch."""
     Path("mine.py").write_text(SPREAD)

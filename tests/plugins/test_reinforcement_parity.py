@@ -13,6 +13,8 @@ from preference_runs import gradients_of, held, move
 
 from ftcore.testing import maths, runs
 
+pytestmark = pytest.mark.slow  # TRL alone, in a process of its own
+
 TEN = 1e-5
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "rloo": ("rloo", ("trainer.beta=0",), {"beta": 0.0}),

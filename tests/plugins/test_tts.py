@@ -323,6 +323,7 @@ def test_frames_are_what_the_codec_hears() -> None:
     assert hidden.shape == (*batch["labels"].shape, 64)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_one_batch(tmp_path: Path) -> None:
     """Rows of different lengths: a mean of the micro-batches' means would be another loss."""
     path = recorded(tmp_path, seconds=0.1)

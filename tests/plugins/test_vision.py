@@ -137,7 +137,7 @@ def test_a_template_without_places_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=() if f in ("qwen2_5_vl", "mllama") else pytest.mark.slow) for f in FAMILIES]
+    "family", [pytest.param(f, marks=() if f == "qwen2_5_vl" else pytest.mark.slow) for f in FAMILIES]
 )
 def test_a_run_on_rows_with_paths_learns_and_its_exports_load(family: str, tmp_path: Path) -> None:
     """Three steps, a lower loss, and the merged model and the adapter say what the trained model says of an image."""
@@ -167,6 +167,7 @@ def test_a_run_on_rows_with_paths_learns_and_its_exports_load(family: str, tmp_p
     assert maths.apart(runs.logits_of(adapted, batch), said) < 1e-5
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("adapter", ["adapter=full", "adapter.parts=[vision]"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_towers_weights_learn_too(family: str, adapter: str) -> None:
@@ -179,6 +180,7 @@ def test_the_towers_weights_learn_too(family: str, adapter: str) -> None:
     assert all(g.isfinite().all() and g.any() for name, g in tower.items() if not name.endswith("k_proj.bias"))
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("parts", "sides", "kinds"),

@@ -145,6 +145,7 @@ def test_selected_and_one_hook_overridden(acme: Environment, tmp_path: Path) -> 
         assert {"config.json", "model.safetensors", "MANIFEST.json"} <= set(archive.namelist())
 
 
+@pytest.mark.slow
 def test_recipe_by_name(acme: Environment, tmp_path: Path) -> None:
     """The recipe's selections and values are there, and the command line wins over them."""
     done = acme.ftcore("+recipe=acme_sft", "adapter.r=4", "output_dir=run", *TINY, cwd=tmp_path)
@@ -156,6 +157,7 @@ def test_recipe_by_name(acme: Environment, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "export" / "acme.zip").is_file()
 
 
+@pytest.mark.slow
 def test_reward_judges_a_grpo_run(acme: Environment, tmp_path: Path) -> None:
     words = (
         "+model=acme_olmo2",
@@ -210,6 +212,7 @@ def test_conflict_names_both_packages_and_the_way_out(crowded: Environment, tmp_
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_conflict_resolved_by_naming_the_package(crowded: Environment, tmp_path: Path) -> None:
     """One trains with the other beside it, and the choice is on record."""
     words = ("+model=acme-ft:acme_olmo2", "+trainer=ftcore:sft", *TINY)
@@ -231,7 +234,7 @@ def test_a_shipped_name_is_not_shadowed(crowded: Environment, tmp_path: Path) ->
 
 
 def test_a_broken_package_breaks_only_the_run_that_selects_it(crowded: Environment, tmp_path: Path) -> None:
-    """It is listed, and named when it is asked for; the run of the test above went through beside it."""
+    """It is listed, and named when it is asked for; runs that select others go through beside it."""
     listed = crowded.ftcore("plugins")
     assert listed.returncode == 0
     assert "broken-ft 0.3" in listed.stdout
