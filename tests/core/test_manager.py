@@ -38,7 +38,7 @@ def test_selected_options_come_in_the_order_of_the_kinds() -> None:
         "adapter/lora",
         "data/prompts",
         "trainer/grpo",
-        "generator/transformers",
+        "generator/fast",
         "export/safetensors",
         "export/adapter",
     ]
