@@ -138,7 +138,7 @@ class _Run:
         """Index, tokens and log-probabilities of each request, as they are done."""
         step = self._step
         if self._engine.may_record and self._batch.ids.shape[1] > LOOK:
-            step = recorded(self._step)  # before the first row begins: nobody is alive, and nothing is written
+            step = self._recorded()  # before the first row begins: nobody is alive, and nothing is written
         while self._queue:
             for group in by_prompt(self._queue.admitted(), self._engine.prompt_tokens):
                 self._begin(group)
@@ -147,6 +147,15 @@ class _Run:
                 for _ in range(LOOK if self._device.type == "cuda" else 1):
                     step()
                 yield from self._ended()
+
+    def _recorded(self) -> Callable[[], None]:
+        """The step as a graph; as it is, where something in the model asks the host after all."""
+        try:
+            return recorded(self._step)
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            print(f"generator: steps are launched one by one, because they cannot be recorded: {error}".splitlines()[0])
+            return self._step
 
     def _begin(self, groups: list[list[tuple[int, Request]]]) -> None:
         """Read prompts, and draw the first token of each of their requests."""
