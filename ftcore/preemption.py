@@ -7,7 +7,6 @@ second signal ends the process at once.
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +15,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from ftcore import signals
 from ftcore.errors import Exit, FtcoreError
 from ftcore.report import note
-
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 
 class Preempted(FtcoreError):
@@ -43,26 +41,16 @@ class StopWhenTold(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Catch the signals for as long as the block runs; outside the main thread, where Python has none, do not."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-        before = {number: signal.getsignal(number) for number in numbers}
 
         def caught(number: int, frame: FrameType | None) -> None:
             self.told = signal.Signals(number).name
             note(f"{self.told}: stopping after this step; once more stops at once")
-            for one in numbers:
+            for one in signals.numbers():
                 signal.signal(one, signal.default_int_handler)
 
-        for number in numbers:
-            signal.signal(number, caught)
-        try:
+        # Once told, the process is about to end: a signal until then is a Ctrl-C, not a kill.
+        with signals.handled(caught, keep=lambda: self.told is not None):
             yield
-        finally:
-            if self.told is None:  # else the process is about to end: a signal until then is a Ctrl-C, not a kill
-                for number, handler in before.items():
-                    signal.signal(number, handler)
 
     def left(self, run: Path, step: int) -> Preempted:
         """What is raised once the state is saved."""

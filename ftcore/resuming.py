@@ -20,14 +20,16 @@ INTERRUPTED = frozenset({"running", "stopped", "failed"})
 """States of a run that did not end."""
 BEGUN = ("config.yaml", "run.json", "metrics.jsonl")
 """What a run leaves that was stopped before it saved anything."""
+TRAINED = "trained"
+"""Folder with what a run trained: there before its exports are."""
 
 
 def going_on(run: RunConfig, root: Path = Path("runs")) -> RunConfig:
     """The config that goes on with an interrupted run of the same command, or `run` itself where there is none.
 
     In `output_dir`, where that is set; else the newest one under `root` that began with the same config. One that
-    another process still trains is left alone. One that was stopped before its first checkpoint begins again in the
-    same folder, and what it left is moved into `interrupted-1` there, or the next free number.
+    another process still trains is left alone. One that was stopped without a checkpoint begins again in the same
+    folder, and what it left is moved into `interrupted-1` there, or the next free number.
     """
     if run.resume.checkpoint is not None or run.trainer is None or run.model is None:
         return run
@@ -37,20 +39,30 @@ def going_on(run: RunConfig, root: Path = Path("runs")) -> RunConfig:
             note(f"going on with {folder} after step {store.step_of(checkpoints[0])}; resume=never starts anew")
             return replace(run, output_dir=str(folder), resume=replace(run.resume, checkpoint="last"))
         recorded = (folder / drift.RECORD).is_file()
-        if not (folder / "trained").exists() and not (recorded and list(drift.of_config(run, folder))):
-            note(f"beginning again in {folder}: it was stopped before its first checkpoint")
-            _set_aside(folder)
+        if not _failed_after_training(folder) and not (recorded and list(drift.of_config(run, folder))):
+            reason = "it left no checkpoint" if _trained(folder) else "it was stopped before its first checkpoint"
+            note(f"beginning again in {folder}: {reason}; what it left is in {_set_aside(folder)}")
             return replace(run, output_dir=str(folder))
     return run
 
 
-def _set_aside(folder: Path) -> None:
+def _trained(folder: Path) -> bool:
+    return (folder / TRAINED).is_dir()
+
+
+def _failed_after_training(folder: Path) -> bool:
+    """An export that fails would fail again: `ftcore export run=FOLDER` is for that, and training anew is not."""
+    return _trained(folder) and state_of(folder) == "failed"
+
+
+def _set_aside(folder: Path) -> Path:
     number = next(n for n in range(1, 10_000) if not (folder / f"interrupted-{n}").exists())
     place = folder / f"interrupted-{number}"
     place.mkdir()
-    for name in BEGUN:
+    for name in (*BEGUN, TRAINED):
         if (folder / name).exists():
             (folder / name).replace(place / name)
+    return place
 
 
 def _candidates(run: RunConfig, root: Path) -> Iterator[Path]:

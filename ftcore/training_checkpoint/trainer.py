@@ -6,8 +6,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from ftcore.training_checkpoint import tree
+from ftcore.training_checkpoint import progress, tree
 from ftcore.training_checkpoint.manifest import sealed
+from ftcore.training_checkpoint.space import saved
 from ftcore.training_checkpoint.store import rotate
 
 STATE = "trainer_state.json"
@@ -26,6 +27,8 @@ class SafeCheckpoints:
     accelerator: Any
     processing_class: Any
     callback_handler: Any
+    kept: tuple[str, ...] = progress.KEPT
+    """Names of the attributes that go on with the run; a trainer adds those of its own."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """All or nothing; older checkpoints go once the new one was read back."""
@@ -36,6 +39,11 @@ class SafeCheckpoints:
             return
         if (best := self.state.best_global_step) and (place / f"checkpoint-{best}").is_dir():
             self.state.best_model_checkpoint = str(place / f"checkpoint-{best}")
+        best_so_far = Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None
+        saved(target, lambda: self._write(target), best_so_far)
+        rotate(place, self.args.save_total_limit, best_so_far)
+
+    def _write(self, target: Path) -> None:
         with sealed(target, {"step": self.state.global_step}) as work:
             self._save(str(work))
             tree.write(work, "optimizer", self.optimizer.state_dict())
@@ -43,10 +51,13 @@ class SafeCheckpoints:
             if (scaler := getattr(self.accelerator, "scaler", None)) is not None:
                 tree.write(work, "scaler", scaler.state_dict())
             tree.write(work, "random", random_state())
+            progress.write(work, self, self.kept_now())
             self._note_callbacks()
             self.state.save_to_json(str(work / STATE))
-        best_so_far = self.state.best_model_checkpoint
-        rotate(place, self.args.save_total_limit, Path(best_so_far) if best_so_far else None)
+
+    def kept_now(self) -> tuple[str, ...]:
+        """Those of `kept` that the next step needs; all of them, unless a trainer knows better."""
+        return self.kept
 
     def _note_callbacks(self) -> None:
         """transformers' callbacks that have a state of their own, such as early stopping."""
@@ -75,7 +86,19 @@ class SafeCheckpoints:
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
+            progress.read(Path(checkpoint), self, self.kept)
             set_random_state(tree.read(Path(checkpoint), "random"))
+
+    def _init_training_state(
+        self, max_steps: int, per_pass: int, passes: Any, resume_from_checkpoint: str | None, trial: Any = None
+    ) -> tuple[int, int]:
+        """Passes over the data that are done, and batches of the one that is not."""
+        place: tuple[int, int] = super()._init_training_state(  # type: ignore[misc]
+            max_steps, per_pass, passes, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None:
+            return place
+        return progress.place_in_stream(Path(resume_from_checkpoint), self) or place
 
 
 def random_state() -> dict[str, Any]:

@@ -23,4 +23,7 @@ def ftcore_quantization_config(plan: Any) -> Any:
     """Weights in int8, one scale per row."""
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=plan.config(Config).threshold)
+    from ftcore_quantizers._new_heads import kept
+
+    threshold = plan.config(Config).threshold
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold, llm_int8_skip_modules=kept(plan))

@@ -26,9 +26,12 @@ def ftcore_quantization_config(plan: Plan) -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
+    from ftcore_quantizers._new_heads import kept
+
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=plan.config(Config).double_quant,
         bnb_4bit_compute_dtype=getattr(torch, plan.dtype),
+        llm_int8_skip_modules=kept(plan),
     )

@@ -88,6 +88,14 @@ def a_smaller_embedding(model: Path) -> list[str]:
     return []
 
 
+def test_a_special_token_that_no_row_gets_needs_no_row_in_the_embedding(model: Path) -> None:
+    """As in Gemma 3 1B, whose tokenizer has one token more than the embedding: that of images."""
+    add_token(model, "<image>", 259)
+    edit(model / "tokenizer_config.json", image_token="<image>", extra_special_tokens={"image_token": "<image>"})
+    one = next(one for one in found() if "the embedding" in one.problem.message)
+    assert "'<image>'" in one.problem.message and not one.fatal
+
+
 def a_padding_token_without_a_row(model: Path) -> list[str]:
     edit(model / "tokenizer_config.json", pad_token="<my_pad>")
     return []

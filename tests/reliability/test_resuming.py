@@ -175,3 +175,35 @@ def test_one_writer(interrupted, capsys) -> None:
         assert command(words) == 73
     assert "run is written by another process" in capsys.readouterr().err
     assert command(words) == 0
+
+
+def test_stopped_after_training_without_a_checkpoint_it_begins_again(interrupted, capsys) -> None:
+    """Killed while it exported, with `trainer.save_steps=0`; what it had trained is kept beside."""
+    _, words = interrupted
+    shutil.rmtree("run/checkpoints")
+    Path("run/trained").mkdir()
+    assert command(words) == 0
+    said = f"beginning again in run: it left no checkpoint; what it left is in {Path('run/interrupted-1')}"
+    assert said in capsys.readouterr().out
+    assert Path("run/interrupted-1/trained").is_dir()
+    assert Path("run/trained/adapter_model.safetensors").is_file()
+
+
+def test_an_export_that_failed_is_not_trained_again(interrupted, capsys) -> None:
+    _, words = interrupted
+    shutil.rmtree("run/checkpoints")
+    Path("run/trained").mkdir()
+    file = Path("run/run.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "status": "failed"}))
+    assert command(words) == 2
+    assert "run already holds a run" in capsys.readouterr().err
+
+
+def test_when_every_checkpoint_is_damaged_the_same_command_begins_anew_the_next_time(interrupted, capsys) -> None:
+    _, words = interrupted
+    for folder in Path("run/checkpoints").iterdir():
+        (folder / "random.json").write_text("{}")
+    assert command(words) == 66
+    assert "leave resume out: the same command then begins anew" in capsys.readouterr().err
+    assert command(words) == 0
+    assert len(list(Path("run/checkpoints/damaged").iterdir())) == 2

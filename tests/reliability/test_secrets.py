@@ -135,6 +135,7 @@ def test_in_the_environment_and_in_an_error(in_tmp: Path) -> None:
         "eos_token_id=2 pad_token='<pad>' image_token=<image> new_tokens=[<think>]",
         "token_id cls_token mask_token max_new_tokens=64",
         "the task-force and a risk-averse sk-learn user wrote hf_model and hf_hub_download",
+        "data.path=data/en-sk-translation-pairs-2023.jsonl and sk-wikipedia-2024-cleaned-v2",
         "revision=5b0b7a3d9c1e4f60718293a4b5c6d7e8f9012345",
         "https://example.com:8080/a@b and git@github.com:a/b.git and s3://bucket/key",
         "sha256 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
@@ -145,6 +146,17 @@ def test_no_false_hits(text: str) -> None:
     assert redact(text) == text
     key, _, value = text.partition("=")
     assert not is_secret(key, value)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("proj-" + "ab-cd_" * 8, "ant-api03-" + "aB3_" * 12, "0123456789abcdef" * 2, "aB3" * 16),
+        *("or-v1-" + "0123456789abcdef" * 4, "aB3-dE6_gH9" * 2),
+    ],
+)
+def test_keys_that_begin_with_sk_are_found_whole(key: str) -> None:
+    assert redact("key sk" + f"-{key}.") == f"key {HIDDEN}."
 
 
 def test_keys_of_tokens_are_no_secrets() -> None:
