@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,15 @@ FREE = frozenset(
         *("output_dir", "run", "resume", "gguf", "objective", "prompts", "sampling", "preview", "export", "extra"),
         *("kernels", "patching", "memory", "memory_limit", "graphs"),
         *("trainer.max_steps", "trainer.epochs", "trainer.logging_steps", "trainer.save_steps", "trainer.eval_steps"),
-        "trainer.micro_batch",
+        *("trainer.micro_batch", "generator.batch", "generator.prompt_tokens", "generator.memory_fraction"),
     }
 )
 """Keys that say how long, how fast and how visibly a run trains, but not what it would become by the same step."""
+ALIKE = {
+    ("trainer.optimizer", "adamw_torch_fused"): "adamw_torch",
+    ("generator.name", "fast"): "transformers",  # both draw from the weights that are trained
+}
+"""Values that differ in speed and rounding from another one, as kernels do."""
 ENDS = 2**20
 """Bytes at the front and the end of each file of weights that stand for all: reading many gigabytes takes minutes."""
 
@@ -41,13 +46,17 @@ class Change:
 
 
 def of_config(run: RunConfig, folder: Path) -> Iterator[Change]:
-    """Keys whose value is not the one that the run in `folder` began with."""
-    old = _flat(yaml.safe_load((folder / RECORD).read_text(encoding="utf-8")) or {})
-    new = _flat(asdict(run))
+    """Keys whose value is not the one that the run in `folder` began with.
+
+    A key that ftcore did not have yet counts where it is not at its default: that is what the run began with.
+    """
+    record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8")) or {}
+    old, new = _flat(record), _flat(asdict(run))
+    added = frozenset(_added(run, record))
     for key in sorted({*old, *new}):
         parts = key.split(".")
         free = any(".".join(parts[:count]) in FREE for count in range(1, len(parts) + 1))
-        if not free and old.get(key) != new.get(key):
+        if not free and key not in added and _plain(key, old.get(key)) != _plain(key, new.get(key)):
             yield Change(key, old.get(key), new.get(key))
 
 
@@ -107,6 +116,32 @@ def _hash(files: list[Path], ends: bool = False) -> str:
             handle.seek(-ENDS, 2)
             total.update(handle.read(ENDS))
     return total.hexdigest()[:16]
+
+
+def _plain(key: str, value: Any) -> Any:
+    """What stands for a value when two are compared."""
+    return ALIKE.get((key, value), value) if isinstance(value, str) else value
+
+
+def _added(section: Any, record: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Keys at their default that are missing in the record of a section which is there."""
+    for name, value, default in _members(section):
+        if name not in record:
+            if default is not MISSING and value == default:
+                nested = is_dataclass(value)
+                yield from _flat({name: asdict(value) if nested else value}, prefix)
+        elif isinstance(record[name], Mapping):
+            yield from _added(value, record[name], f"{prefix}{name}.")
+
+
+def _members(section: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Names, values and defaults; a plugin that is selected has no default."""
+    if isinstance(section, Mapping):
+        yield from ((name, value, MISSING) for name, value in section.items())
+    elif is_dataclass(section):
+        for field in fields(section):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            yield field.name, getattr(section, field.name), default
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

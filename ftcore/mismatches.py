@@ -107,7 +107,9 @@ def _embedding(fit: Fit) -> Found:
     if not fit.beyond:
         return
     words = sorted(fit.beyond, key=lambda word: fit.beyond[word])
-    used = [w for w in words if w in fit.tokenizer.all_special_tokens or (fit.probe and w in fit.probe.text)]
+    # Not all that are special: Gemma 3 1B's tokenizer knows an image token, which no row of text is ever given.
+    named = {fit.tokenizer.bos_token, fit.tokenizer.eos_token, fit.tokenizer.pad_token}
+    used = [w for w in words if w in named or (fit.probe and w in fit.probe.text)]
     said = ", ".join(repr(word) for word in (used or words)[:3])
     message = f"the tokenizer has {len(words)} tokens that the embedding of {fit.rows} rows does not ({said})"
     fix = "take the tokenizer that belongs to the weights, or name the new tokens: 'model.new_tokens=[...]'"

@@ -14,7 +14,10 @@ HIDDEN = "[secret]"
 FORMS = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}"  # Hugging Face
-    r"|sk-[A-Za-z0-9_-]{20,}"  # OpenAI and those who followed it
+    # OpenAI and those who followed it. `sk` is Slovak too: a file may be named `sk-wikipedia-2024-cleaned`.
+    r"|sk-(?:(?:proj|svcacct|admin|ant)-[A-Za-z0-9_-]{20,}"
+    r"|(?=[A-Za-z0-9_-]*\d)(?:(?:[a-z0-9]{1,8}-){0,3}[A-Za-z0-9]{20,}"
+    r"|(?=[A-Za-z0-9_-]*[a-z0-9][A-Z])[A-Za-z0-9_-]{20,})[A-Za-z0-9_-]*)"
     r"|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{20,}"
     r"|wandb_v1_[A-Za-z0-9_-]{16,}"
     r"|(?:AKIA|ASIA)[A-Z0-9]{16}"  # AWS

@@ -176,6 +176,7 @@ def _same_run(plan: Plan) -> Iterator[Problem]:
         if change.key not in plan.run.resume.allow:
             message = f"was {change.before} when the run began, and is {change.now}"
             fix = f"leave it as it was, accept it by 'resume.allow=[{change.key}]', or begin anew: resume=never"
+            fix += ", and another output_dir where that is set"
             yield Problem(change.key, message, fix)
     steps = [int(folder.name.rpartition("-")[2]) for folder in (plan.output_dir / "checkpoints").glob("checkpoint-*")]
     limit = plan.run.trainer.max_steps if plan.run.trainer else -1

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftcore import media
@@ -85,6 +86,7 @@ def _each_row(plan: Plan, tokenizer: PreTrainedTokenizerBase, aside: Quarantine)
     paths = [*sources(data.path or form.sample), *filter(None, [data.eval_path, form.sample_eval])]
     files = [local_files(path) for path in paths]
     folders = [file.parent for found in files for file in found or ()]
+    folders += [copy for path, found in zip(paths, files, strict=True) if found is None for copy in _hub_copies(path)]
     return _EachRow(
         # Rows of the hub were looked at in part only; those of files here are checked where they are read.
         check=import_function(form.check, "data") if None in files else None,
@@ -96,6 +98,15 @@ def _each_row(plan: Plan, tokenizer: PreTrainedTokenizerBase, aside: Quarantine)
         aside=aside,
         streaming=data.streaming,
     )
+
+
+def _hub_copies(name: str) -> list[Path]:
+    """Where `datasets` keeps the files of a data set of the hub, whose rows name them by these paths."""
+    from datasets.config import EXTRACTED_DATASETS_PATH
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    return [Path(HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="dataset"), Path(EXTRACTED_DATASETS_PATH)]
 
 
 def _tokenize(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Tokenize:

@@ -98,7 +98,8 @@ def _loaded(auto: Any, place: str, options: dict[str, Any]) -> PreTrainedModel:
         # Without the word, transformers would fall back on a pickle.
         loaded: PreTrainedModel = auto.from_pretrained(place, trust_remote_code=False, use_safetensors=True, **options)
     except OSError as error:
-        if "safetensors" not in str(error):
+        # What transformers says of a file that is not there; a full disk or no connection may name such a file as well.
+        if error.errno is not None or "file named model.safetensors" not in str(error):
             raise
         message = f"{place} has no weights in safetensors"
         raise Refused(Problem("model", message, unsafe_weights.ADVICE, Exit.DATA)) from error

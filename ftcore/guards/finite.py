@@ -41,7 +41,8 @@ def refuse_non_finite(what: str, model: Any, optimizer: Any = None) -> None:
     if name is not None:
         raise NonFinite(
             f"{name} is not finite, so {what} is not kept\n"
-            "    fix: lower trainer.learning_rate; the same command goes on from the last good checkpoint"
+            "    fix: lower trainer.learning_rate; with 'resume.allow=[trainer.learning_rate]' the same command goes "
+            "on from the last good checkpoint"
         )
 
 

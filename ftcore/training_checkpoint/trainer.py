@@ -13,6 +13,8 @@ from ftcore.training_checkpoint.store import rotate
 
 STATE = "trainer_state.json"
 """transformers' own file, which it reads back itself: step, epoch, history."""
+HOW = ("fused", "foreach")
+"""How a group is stepped: the optimizer's own matter, not the checkpoint's. A GradScaler breaks a half fused one."""
 
 
 class SafeCheckpoints:
@@ -76,7 +78,10 @@ class SafeCheckpoints:
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self.optimizer.load_state_dict(tree.read(Path(checkpoint), "optimizer"))
+            state = tree.read(Path(checkpoint), "optimizer")
+            for group, made in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
+                group |= {name: made[name] for name in HOW if name in made}
+            self.optimizer.load_state_dict(state)
             self.lr_scheduler.load_state_dict(tree.read(Path(checkpoint), "scheduler"))
 
     def _load_scaler(self, checkpoint: str | None) -> None:

@@ -10,7 +10,9 @@ from generators_on_tiny import Both, both, logprobs_of, prompts_of
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ftcore import Sampling
+from ftcore_kernels.decoding import layers
 from ftcore_kernels.decoding.requests import Request
+from ftcore_kernels.layers.uncovered import Uncovered
 
 GREEDY = Sampling(max_new_tokens=20, temperature=0.0)
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -195,6 +197,15 @@ def test_dora_is_not_computed_and_says_so(capsys: pytest.CaptureFixture[str]) ->
     made = both("adapter.variant=dora")
     made.fast.generate(prompts_of(5), GREEDY)
     assert "a LoRA variant is active" in capsys.readouterr().out
+
+
+def test_a_gpu_without_triton_leaves_it_to_transformers(llama: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "find_spec", lambda name: None)
+    roles = llama.fast._plan.family.roles
+    role = next(role for role in roles if role.name == "decoder_layer")
+    assert layers.read(llama.fast._base, role, torch.device("cpu"))
+    with pytest.raises(Uncovered, match="Triton is not installed"):
+        layers.read(llama.fast._base, role, torch.device("cuda"))
 
 
 @pytest.mark.gpu

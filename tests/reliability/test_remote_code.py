@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from ftcore import checkpoint, pipeline, vocabulary
 from ftcore import hooks as h
 from ftcore.cli import run as command
 from ftcore.composition import compose, typed
+from ftcore.defaults.model import _loaded
 from ftcore.errors import Refused
 
 EVIL = "import os\nopen(os.environ['CANARY'], 'a').write(__file__ + '\\n')\nclass {name}:\n    pass\n"
@@ -115,6 +118,22 @@ def test_what_cannot_be_loaded_without_its_code_is_refused(
     with pytest.raises(Refused, match=said):
         pipeline.load(*pipeline.prepare(run))
     assert not Path("canary").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "model.safetensors"),
+        OSError("We couldn't connect to the hub to load owner/model-safetensors"),
+    ],
+)
+def test_a_full_disk_or_a_hub_that_is_down_is_not_called_a_pickle(error: OSError) -> None:
+    def from_pretrained(place: str, **options: Any) -> None:
+        raise error
+
+    with pytest.raises(OSError, match="safetensors") as raised:
+        _loaded(SimpleNamespace(from_pretrained=from_pretrained), "owner/model-safetensors", {})
+    assert raised.value is error
 
 
 @pytest.mark.parametrize(

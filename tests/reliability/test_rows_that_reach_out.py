@@ -236,6 +236,32 @@ def test_rows_of_the_hub_reach_no_file_of_this_machine(
         assert asked == []
 
 
+def test_files_of_a_data_set_of_the_hub_are_read_from_where_they_were_fetched_to(
+    places: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data set that is a folder of images names them by their paths in the cache; another one's stay out of reach."""
+    from datasets import Dataset, Features, Image, List, Value
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(places / "hub"))
+    kinds = Features({"image": Image(), "messages": List({"role": Value("string"), "content": Value("string")})})
+    images = []
+    for name in ("datasets--owner--name", "models--owner--name"):
+        file = places / "hub" / name / "a.png"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(png())
+        images.append({"path": str(file), "bytes": None})
+
+    def load_dataset(path: str, subset: Any, split: str, streaming: bool) -> Any:
+        made = Dataset.from_dict({"image": images, "messages": [TALK] * len(images)}, features=kinds)
+        return made.to_iterable_dataset() if streaming else made
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(Refused, match="row 2 of the train split: column 'image'"):
+        seen("data.path=owner/name")
+    images.pop()
+    assert len(seen("data.path=owner/name")) == 1
+
+
 def test_what_a_run_allows_is_read(places: Path) -> None:
     rows = [{"image": text, "messages": TALK} for text in ("../outside/secret.png", "link.png", "media/red.png")]
     allowed = f"data.allow_roots=[{places / 'outside'}]"
@@ -259,7 +285,7 @@ def test_a_host_that_is_allowed_is_asked_and_sends_no_further(places: Path) -> N
         assert asked == ["/a.png"]
         moved = f"data.path={write([{'image': f'{link}/moved', 'messages': TALK}])}"
         with pytest.raises(Refused, match=r"x\.jsonl:1: the link .* is not read: .* sends on to"):
-            seen(moved, f"data.allow_hosts=[\"127.0.0.1:{port}\"]")
+            seen(moved, f'data.allow_hosts=["127.0.0.1:{port}"]')
         assert strange == []
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -68,6 +69,8 @@ def read(base: Any, role: Role, device: torch.device) -> list[Place]:
 
     :param role: The family's declared decoder layer.
     """
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise Uncovered("Triton is not installed")
     modules = [m for m in base.modules() if any(c.__name__ == role.module for c in type(m).__mro__)]
     number = base.config.get_text_config().num_hidden_layers
     if len(modules) != number:
