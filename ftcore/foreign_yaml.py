@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ftcore.catalog import installed
+from ftcore.config import KINDS
 from ftcore.config_guard import CODE, environment, lookup, secret
 from ftcore.errors import Exit, Problem, refuse
 from ftcore.redaction import FORMS
@@ -28,6 +29,8 @@ SELECTED = ("hydra/sweeper", "hydra/launcher")
 """What a defaults list may select, by name, of what is installed."""
 FILES = ("plugins", "rewards")
 """Keys that name Python files: a package brings its code by entry points, where `ftcore plugins` shows it."""
+OTHER_GROUPS = ("recipe", "sweep", "hydra")
+"""Folders of a search path besides the kinds of options."""
 MOST = 10_000
 """Keys in one file; aliases of aliases would make billions of them."""
 
@@ -47,8 +50,39 @@ def check(config_dir: str | None) -> None:
 
 def _in(folders: list[Path], open_files: bool) -> Iterator[Problem]:
     for folder in folders:
-        for file in sorted(folder.rglob("*.y*ml")):
+        yield from _below(folder, open_files)
+
+
+def _below(folder: Path, open_files: bool) -> Iterator[Problem]:
+    """What can be selected: the folder's own files, those of ftcore's groups, and of groups that these name.
+
+    Records of runs and of sweeps lie below a working directory as well, and nobody can select those.
+    """
+    waiting, seen = ["", *sorted({*KINDS, *OTHER_GROUPS})], set[Path]()
+    for group in waiting:  # grows
+        files = folder.glob("*.y*ml") if not group else (folder / group).rglob("*.y*ml")
+        for file in sorted(set(files) - seen):
+            seen.add(file)
+            named = _groups(file, folder)
+            waiting += [name for name in sorted(named) if name not in waiting]
             yield from _of(file, folder, open_files)
+
+
+def _groups(file: Path, folder: Path) -> set[str]:
+    """Folders that the file's defaults list names, by their first part; all there are, where that is not plain."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return set()  # told of as a file that cannot be read
+    defaults = content.get("defaults") if isinstance(content, Mapping) else None
+    found: set[str] = set()
+    for entry in defaults if isinstance(defaults, list) else []:
+        for name in map(str, entry if isinstance(entry, Mapping) else [entry]):
+            plain = name.replace("override ", "").replace("optional ", "").strip(" /").partition("@")[0]
+            if "$" in name:
+                found |= {part.name for part in folder.iterdir() if part.is_dir()}
+            found.add(plain.partition("/")[0])
+    return {name for name in found if name not in ("", ".", "..", "_self_") and "$" not in name}
 
 
 def _of(file: Path, folder: Path, open_files: bool) -> Iterator[Problem]:
@@ -64,7 +98,7 @@ def _of(file: Path, folder: Path, open_files: bool) -> Iterator[Problem]:
         return
     if FORMS.search(text):
         yield secret(str(file))
-    elif found := lookup(text):
+    elif found := next(filter(None, map(lookup, islice(_words(content), MOST))), None):
         yield environment(str(file), found)
     elif header := next((line for line in text.splitlines() if "@package" in line and "hydra" in line), None):
         yield _problem(file, f"is put under hydra: {header.strip()}")
@@ -108,6 +142,19 @@ def _flat(node: Any, path: str = "") -> Iterator[str]:
                 yield from _flat(value, path)
     else:
         yield path
+
+
+def _words(node: Any) -> Iterator[str]:
+    """All keys and values that are text."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield str(key)
+            yield from _words(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _words(value)
+    elif isinstance(node, str):
+        yield node
 
 
 def _open(key: str) -> bool:

@@ -14,6 +14,10 @@ from typing import Any, NoReturn
 
 from ftcore.errors import Exit, Problem, Refused
 
+MARK = "\ufeff"
+"""Byte order mark, which editors of Windows put before UTF-8."""
+LONGEST_FIELD = 2**27
+"""Characters of a table's field; Python's own limit is 128 Ki, which a long document has."""
 Row = Mapping[str, Any]
 Placed = Iterator[tuple[str, Row]]
 Aside = Callable[[Problem], None]
@@ -54,7 +58,7 @@ def _lines(file: Path, aside: Aside) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as error:
                 aside(_not_utf8(f"{file}:{number}", error))
                 continue
-            yield number, line
+            yield number, line.removeprefix(MARK) if number == 1 else line
 
 
 def _not_utf8(place: str, error: UnicodeDecodeError) -> Problem:
@@ -114,10 +118,6 @@ def _no_number(word: str) -> NoReturn:
 
 def _parsed(text: str, file: Path, first_line: int, form: str) -> Any:
     place = f"{file}:{first_line}"
-    if text.startswith("\ufeff"):
-        raise Refused(
-            _bad(place, "starts with a byte order mark", "save the file as UTF-8 without a byte order mark")
-        )
     try:
         return json.loads(text.rstrip(), parse_constant=_no_number)
     except json.JSONDecodeError as error:
@@ -133,6 +133,7 @@ def _parsed(text: str, file: Path, first_line: int, form: str) -> Any:
 
 def _csv(file: Path, delimiter: str, aside: Aside) -> Placed:
     unreadable: dict[int, Problem] = {}
+    csv.field_size_limit(max(csv.field_size_limit(), LONGEST_FIELD))
     reader = csv.DictReader(_table_lines(file, unreadable), delimiter=delimiter)
     done = 0
     try:
@@ -162,8 +163,7 @@ def _table_lines(file: Path, unreadable: dict[int, Problem]) -> Iterator[str]:
                 if number == 1:  # without its names no column can be read
                     raise Refused(unreadable[number]) from error
                 line = raw.decode("utf-8", errors="replace")
-            # Tables are read by pandas in the end, which takes a byte order mark; the csv module does not.
-            yield line.removeprefix("\ufeff") if number == 1 else line
+            yield line.removeprefix(MARK) if number == 1 else line
 
 
 def _parquet(file: Path) -> Placed:

@@ -28,8 +28,8 @@ FORMS = re.compile(
 )
 NAMES = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$", re.IGNORECASE)
 """How the names of environment variables with secrets end."""
-SHORTEST = 8
-"""Characters; what is shorter (`1`, `true`) is no secret, and would be found in any text."""
+SHORTEST = 12
+"""Characters; what is shorter (`true`, `training`) is a word more often than a secret, and stands in many texts."""
 KEYS = re.compile(
     r"(?:.*\.)?(?:(?:\w+_)?(?:api_?key|secret(?:_key)?|password|passwd|credentials)"
     r"|(?:(?:hf|hub|push_to_hub|access|auth|use_auth|bearer|api|session|wandb|github)_)?token)"

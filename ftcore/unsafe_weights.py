@@ -19,7 +19,7 @@ def problem(key: str, folder: Path) -> Problem | None:
             message = f"{folder} holds its weights as a pickle ({file.name}), which can run code when it is read"
             return Problem(key, message, ADVICE, Exit.DATA)
     try:
-        for index in sorted(folder.glob("*.index.json")):
+        for index in (i for ending in ("safetensors", "bin") for i in sorted(folder.glob(f"*.{ending}.index.json"))):
             indexed_files(index)
     except Refused as refused:
         return refused.problems[0]

@@ -1,8 +1,8 @@
 """How an optimizer is kept from a step that is not finite.
 
 PyTorch's fused optimizers and ftcore's 8-bit AdamW read a flag on the device and leave everything as it is, so nothing
-waits. The others (plain `adamw_torch`, `sgd`, bitsandbytes') cannot: for those the host looks at the flag before the step,
-which costs the launch of the step, and takes the gradients away.
+waits. The others (plain `adamw_torch`, `sgd`, bitsandbytes') cannot: for those the host looks at the flag before the
+step, which costs the launch of the step, and takes the gradients away.
 """
 
 from __future__ import annotations

@@ -55,7 +55,6 @@ FILES: dict[str, str | bytes] = {
     "latin.jsonl": b'{"text": "caf\xc3\xa9"}\n{"text": "caf\xe9"}\n',
     "latin.csv": b"instruction,output\nx,caf\xe9\n",
     "latin.txt": b"caf\xe9\n",
-    "bom.jsonl": b'\xef\xbb\xbf{"text": "hello"}\n',
     "deep.jsonl": "[" * 100_000 + "\n",
     "array.jsonl": GOOD + "[1, 2]\n",
     "column.jsonl": GOOD + '{"mesages": []}\n',
@@ -440,7 +439,6 @@ CASES = {
     "row-utf-8": wrong(f"{SFT} data.path=latin.jsonl", DATA, "latin.jsonl:2: is not UTF-8", "as UTF-8"),
     "row-utf-8-csv": wrong(f"{SFT} data.path=latin.csv", DATA, "latin.csv:2: is not UTF-8", "as UTF-8"),
     "row-utf-8-txt": wrong(f"{SFT} data.path=latin.txt", DATA, "latin.txt:1: is not UTF-8", "as UTF-8"),
-    "row-mark": wrong(f"{SFT} data.path=bom.jsonl", DATA, "bom.jsonl:1: starts with a byte order mark", "without"),
     "row-deep": wrong(
         f"{SFT} data.path=deep.jsonl", DATA, "deep.jsonl:1: is nested too deeply", "one whole JSON object"
     ),

@@ -250,3 +250,11 @@ def test_preview_shows_what_is_trained_byte_for_byte(in_tmp: Path, capsys: pytes
     assert answer == "\n  Ok 🦙.\n<|im_end|>"
     assert text.replace(answer, f"[[{answer}]]") in shown
     assert sly in shown
+
+
+def test_files_of_windows_and_long_fields_are_read(in_tmp: Path) -> None:
+    marked = "\ufeff" + json.dumps({"text": "hello"}) + "\n"
+    Path("marked.jsonl").write_text(marked, encoding="utf-8")
+    Path("long.csv").write_text("\ufefftext\n" + "x" * 200_000 + "\n", encoding="utf-8")
+    assert dataset("data.path=marked.jsonl", raw=True)[0]["train"]["text"] == ["hello"]
+    assert [len(text) for text in dataset("data.path=long.csv", raw=True)[0]["train"]["text"]] == [200_000]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from yaml_attacks import FILES, PAYLOADS, SECRET, WAYS
 
-from ftcore import pipeline
+from ftcore import foreign_yaml, pipeline
 from ftcore.catalog import installed
 from ftcore.cli import run as command
 from ftcore.composition import compose, typed
@@ -127,3 +127,22 @@ def test_folders_and_parameters_of_a_sweep_stay_open(recipe, capsys) -> None:
     recipe(text)
     assert command(["--cfg", "job", *WORDS]) == 0
     capsys.readouterr()
+
+
+def test_records_of_runs_below_the_folder_are_nobody_s_to_select(in_tmp: Path) -> None:
+    for place in ("runs/sweep-1/multirun.yaml", ".github/workflows/ci.yml"):
+        Path(place).parent.mkdir(parents=True)
+        Path(place).write_text("defaults: x\nhydra: {job_logging: {root: y}}\n", encoding="utf-8")
+    foreign_yaml.check(".")
+    Path("mine.yaml").write_text("defaults: [{runs/sweep-1@_global_: multirun}]\n", encoding="utf-8")
+    with pytest.raises(Refused, match=r"hydra\.job_logging"):
+        foreign_yaml.check(".")
+
+
+def test_a_comment_reads_no_environment(in_tmp: Path) -> None:
+    Path("recipe").mkdir()
+    Path("recipe/a.yaml").write_text("# not ${oc.env:HF_TOKEN}\nmemory: least\n", encoding="utf-8")
+    foreign_yaml.check(".")
+    Path("recipe/a.yaml").write_text("memory: ${oc.env:HF_TOKEN}\n", encoding="utf-8")
+    with pytest.raises(Refused, match="HF_TOKEN"):
+        foreign_yaml.check(".")

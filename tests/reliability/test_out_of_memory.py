@@ -106,7 +106,7 @@ def test_every_trainer_that_can_cut_its_batch(in_tmp: Path, name: str, within_ba
     words, rows = MATRIX[name]
     # AdamW makes a whole step of the sign of a gradient that is next to nothing; SGD shows a loss of the wrong scale.
     short = [*SHORT, "trainer.optimizer=sgd", "trainer.learning_rate=0.1", "trainer.max_grad_norm=0"]
-    short += (["trainer.max_completion_length=8"] if "+reward=[length]" in words else [])
+    short += ["trainer.max_completion_length=8"] if "+reward=[length]" in words else []
     fault = {"passes": {2}} if rows is None else {"rows": rows}
     plugin = same([*words, *short], within_backward=within_backward, **fault)
     assert plugin.passes.failed == 1, "what fits was forgotten"

@@ -120,4 +120,3 @@ def test_a_hub_that_is_down(in_tmp: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert Path("run/trained/adapter_model.safetensors").is_file()
     assert len(list(Path("run/checkpoints").iterdir())) >= 1
-
