@@ -108,24 +108,17 @@ def _object_per_line(text: str) -> bool:
         return False
 
 
-class _NotANumber(ValueError):
-    """NaN or an infinity in JSON, which has neither."""
-
-
-def _no_number(word: str) -> NoReturn:
-    raise _NotANumber(word)
+def _missing(word: str) -> None:
+    """NaN or an infinity, which JSON has not: pandas writes a missing value so."""
 
 
 def _parsed(text: str, file: Path, first_line: int, form: str) -> Any:
     place = f"{file}:{first_line}"
     try:
-        return json.loads(text.rstrip(), parse_constant=_no_number)
+        return json.loads(text.rstrip(), parse_constant=_missing)
     except json.JSONDecodeError as error:
         place = f"{file}:{first_line + error.lineno - 1}"
         raise Refused(_bad(place, f"is not JSON: {error.msg} at column {error.colno}", form)) from error
-    except _NotANumber as error:
-        fix = "write null, or leave the number out"
-        raise Refused(_bad(place, f"is not JSON: it holds {error}, which is no number", fix)) from error
     except (RecursionError, ValueError) as error:  # ValueError: a whole number of thousands of digits
         said = "is nested too deeply to be read" if isinstance(error, RecursionError) else "holds too long a number"
         raise Refused(_bad(place, said, form)) from error

@@ -9,6 +9,7 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 
 CANARY = "canary-of-the-environment"
 SUBCLASSES = "''.__class__.__mro__[1].__subclasses__()"
@@ -128,6 +129,15 @@ TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 QUIET = ("open", "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "import", "tempfile.", "urllib.")
 
 
+def megabytes() -> int:
+    """The most memory this program had. `ru_maxrss` would count that of the process it was forked from."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) >> 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
 def main() -> None:
     """Render every template, and print what came of it."""
     from ftcore.template_sandbox import compiled, rendered
@@ -157,7 +167,7 @@ def main() -> None:
             error = f"{type(failure).__name__}: {failure}"
         watching = False
         took = time.process_time() - began
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        peak = megabytes()
         line = {"name": name, "error": error, "output": output[:500], "seconds": took, "touched": touched, "peak": peak}
         print(json.dumps(line), flush=True)
 

@@ -81,7 +81,7 @@ CASES: dict[str, tuple[tuple[str, ...], str, Any, str, str]] = {
     "empty table": (SFT, "x.csv", b"", "x.csv", "holds no rows"),
     "bad UTF-8": (SFT, "x.jsonl", lines(GOOD, b'{"messages": "\xff"}'), "x.jsonl:2", "is not UTF-8"),
     "bad UTF-8 in a table": (SFT, "x.csv", b"text\nab\n\xffb\n", "x.csv:3", "is not UTF-8"),
-    "NaN": (SFT, "x.jsonl", lines(GOOD, '{"messages": [], "score": NaN}'), "x.jsonl:2", "NaN, which is no number"),
+    "NaN": (SFT, "x.jsonl", lines({"text": "a"}, '{"text": NaN}'), "x.jsonl:2", "'text' is null"),
     "missing column": (SFT, "x.jsonl", lines(GOOD, {"talk": []}), "x.jsonl:2", "has no column 'messages'"),
     "two formats in one file": (SFT, "x.jsonl", lines(*[GOOD] * 30, PAIR), "x.jsonl:31", "has no column 'messages'"),
     "missing cell": (SFT, "x.csv", b"prompt,completion\na,b\nc\n", "x.csv:3", "'completion' is null"),
