@@ -1,9 +1,12 @@
-"""Measures whole GRPO steps of ftcore, generation included: Qwen2.5-1.5B's shape on NF4, in a process of their own.
+"""Measures whole GRPO steps, generation included, each side in a process of its own: Qwen2.5-1.5B's shape on NF4.
 
     python tests/bench/grpo_whole.py
     python tests/bench/grpo_whole.py --memory auto@4.5 --rows 16
+    python tests/bench/grpo_whole.py --sides trl,trl-continuous,ftcore --family llama --shape llama3.2-1b \\
+        --quantizer none --prompts 8 --rows 64 --new 256 --memory auto
 
-Random weights, 8 completions of a prompt of 128 tokens, LoRA r16 on all linear layers. The end token is put outside the
+Random weights, 8 completions of a prompt of 128 tokens, LoRA r16 on all linear layers. TRL is as it comes, by
+transformers' `generate` or by its continuous batching. The end token is put outside the
 vocabulary, so that every completion has its 384 new tokens. Peaks are `torch.cuda.max_memory_allocated` from the first
 step on, of generation and of training; the larger one may be 5e9 bytes at most. Seconds are medians after warm-up.
 Results also go to `$OUT/grpo-whole-SHAPE.json`.
@@ -30,7 +33,7 @@ TINY = {"shape": "tiny", "rows": 4, "prompt": 96, "new": 16, "warmup": 1, "steps
 
 
 def main(words: list[str]) -> int:
-    """Each of ftcore's memory settings once."""
+    """The peers, and each of ftcore's memory settings, once."""
     if words[:1] == ["--inner"]:
         from rlbench import whole
 
@@ -43,25 +46,30 @@ def main(words: list[str]) -> int:
         print(f"no checkpoint folder: {made['detail']}")
         return 1
     work = replace(work, **made)
-    what = f"{work.rows} completions of {found.new} tokens of a prompt of {work.prompt}"
+    what = f"{work.prompts} x {work.group} completions of {found.new} tokens of prompts of {work.prompt}"
     print(f"{work.shape}, {work.quantizer}, LoRA r{work.rank}, {what}", flush=True)
     results: dict[str, dict[str, Any]] = {}
-    for memory in found.memory.split(","):
-        job = replace(work, memory=memory)
-        results[memory] = processes.Process("whole", work.device, script=script).run(job.text(), found.limit)
-        print(line(memory, results[memory]), flush=True)
-        keep(words, work, results)
+    for side in found.sides.split(","):
+        for memory in found.memory.split(",") if side == "ftcore" else [""]:
+            label = f"ftcore memory={memory}" if memory else side
+            job = replace(work, memory=memory)
+            results[label] = processes.Process(side, work.device, script=script).run(job.text(), found.limit)
+            print(line(label, results[label]), flush=True)
+            keep(words, work, results)
     print(machine(results))
     return 0 if all(r["status"] == "ok" for r in results.values()) else 1
 
 
-def line(memory: str, result: dict[str, Any]) -> str:
+def line(label: str, result: dict[str, Any]) -> str:
     """A result in a line."""
     if result["status"] != "ok":
-        return f"memory={memory}: failed, {result['detail']}"
+        return f"{label}: failed, {result['detail']}"
     parts = ", ".join(f"{p} {result[f'{p}_s']:.2f} s, {result[f'{p}_bytes']:,} B" for p in ("generation", "training"))
     peak = f"{result['peak_bytes']:,} B ({'within' if result['peak_bytes'] <= TARGET else 'OVER'} {TARGET:,.0f})"
-    return f"memory={memory}, {result['dtype']}: {parts}; peak {peak if result['peak_bytes'] else 'not measured'}"
+    return (
+        f"{label}, {result['dtype']}: {result['generation_s'] + result['training_s']:.2f} s a step, {parts}; weights "
+        f"{result['weights_bytes']:,} B; peak {peak if result['peak_bytes'] else 'not measured'}"
+    )
 
 
 def keep(words: list[str], work: TrainerWork, results: dict[str, dict[str, Any]]) -> None:
@@ -80,9 +88,11 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--family", default="qwen2")
     parser.add_argument("--shape", default="qwen2.5-1.5b")
     parser.add_argument("--quantizer", default="bnb_nf4")
+    parser.add_argument("--sides", default="ftcore", help="ftcore, trl, trl-continuous, with commas")
     parser.add_argument("--memory", default="least,auto@4.5", help="ftcore's, several with commas; auto@4.5: in GiB")
-    parser.add_argument("--generator", default="transformers")
-    parser.add_argument("--rows", type=int, default=8, help="completions of a step's prompt")
+    parser.add_argument("--generator", default="fast", help="ftcore's")
+    parser.add_argument("--prompts", type=int, default=1, help="of a step")
+    parser.add_argument("--rows", type=int, default=8, help="completions of a step, of all its prompts")
     parser.add_argument("--prompt", type=int, default=128, help="its tokens, the template's included")
     parser.add_argument("--new", type=int, default=384, help="tokens of every completion")
     parser.add_argument("--rank", type=int, default=16)

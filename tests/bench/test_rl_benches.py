@@ -39,11 +39,25 @@ def test_both_sides_take_the_same_first_step(trainer: str, tmp_path: Path) -> No
 def test_a_whole_step_on_nf4_writes_every_token(tmp_path: Path) -> None:
     done = run("grpo_whole.py", *TINY, "--memory", "least", out=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "memory=least, float32: generation " in done.stdout
-    result = json.loads((tmp_path / "grpo-whole-tiny.json").read_text(encoding="utf-8"))["results"]["least"]
+    assert "ftcore memory=least, float32: " in done.stdout
+    result = json.loads((tmp_path / "grpo-whole-tiny.json").read_text(encoding="utf-8"))["results"][
+        "ftcore memory=least"
+    ]
     assert {part: len(seconds) for part, seconds in result["seconds"].items()} == {"generation": 3, "training": 3}
     assert min(result["generation_s"], result["training_s"]) > 0
     assert "+quantizer=bnb_nf4" in result["ftcore"]
+
+
+@pytest.mark.slow
+def test_a_whole_step_of_several_prompts_beside_trl_s(tmp_path: Path) -> None:
+    words = ["--sides", "trl,ftcore", "--quantizer", "none", "--prompts", "2", "--memory", "least"]
+    done = run("grpo_whole.py", *TINY, *words, out=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "grpo-whole-tiny.json").read_text(encoding="utf-8"))["results"]
+    trl, ours = results["trl"], results["ftcore memory=least"]
+    assert trl["trained"] == ours["trained"] > 0
+    assert len(trl["seconds"]["generation"]) == len(ours["seconds"]["generation"]) == 3
+    assert "trainer.num_generations=2" in ours["ftcore"]
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ def dataset(work: TrainerWork, tokenizer: Any) -> Any:
 
     drawn = random.Random(1)
     make = {"dpo": _pair, "kto": _judged, "grpo": _asked}[work.trainer]
-    count = work.total if work.trainer == "grpo" else work.total * work.batch
+    count = work.total * (work.prompts if work.trainer == "grpo" else work.batch)
     asked, answered = _sizes(work, tokenizer)
     return Dataset.from_list([make(drawn, number, asked, answered) for number in range(count)])
 

@@ -1,4 +1,4 @@
-"""A whole GRPO step of ftcore's, generation included."""
+"""A whole GRPO step, generation included: ftcore's, and TRL's as it comes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rlbench.works import TrainerWork
 
 
 def inner(side: str) -> None:
-    """The inner form of `grpo_whole.py`: `locate` makes the checkpoint folder, `whole` trains."""
+    """The inner form of `grpo_whole.py`: `locate` makes the checkpoint folder, the others train."""
 
     def run(text: str) -> dict[str, Any]:
         given = json.loads(text)
@@ -31,7 +31,9 @@ def inner(side: str) -> None:
             return {"status": "ok", **locate(Work(**{name: given[name] for name in Work.__dataclass_fields__}))}
         from stepbench.sides import versions
 
-        return {"status": "ok", **measured(TrainerWork(**given)), "versions": versions()}
+        work = TrainerWork(**given)
+        found = measured(work) if side == "ftcore" else of_trl(work, continuous=side == "trl-continuous")
+        return {"status": "ok", **found, "versions": versions()}
 
     processes.answer(lambda: None, run)
 
@@ -49,16 +51,75 @@ def measured(work: TrainerWork) -> dict[str, Any]:
         loaded = pipeline.load(hooks, plan)
         endless = Endless(loaded.tokenizer, len(loaded.tokenizer) + loaded.model.config.vocab_size)
         generator = hooks.first(h.ftcore_make_generator, plan=plan, model=loaded.model, tokenizer=endless)
-        parts = Parts(work, generator, loaded.model.get_base_model().generation_config)
+        clock = Clock(work)
+        parts = Parts(clock, generator, loaded.model.get_base_model().generation_config)
         given = rows.dataset(work, loaded.tokenizer)
-        trained(hooks, plan, loaded, given, Steps(parts), [rows.by_place], parts)
+        trained(hooks, plan, loaded, given, Steps(clock), [rows.by_place], parts)
     return {
-        **parts.result(),
+        **clock.result(),
+        "weights_bytes": weights(loaded.model),
         "dtype": plan.dtype,
         "trained": sum(p.numel() for p in loaded.model.parameters() if p.requires_grad),
         "ftcore": " ".join(overrides(work, "SCRATCH")),
         "gpu": torch.cuda.get_device_name() if work.device == "cuda" else "CPU",
     }
+
+
+def of_trl(work: TrainerWork, continuous: bool) -> dict[str, Any]:
+    """TRL's trainer as it comes, by transformers' `generate` or its continuous batching."""
+    import trl
+    from stepbench.sides import hf
+    from transformers import AutoTokenizer
+
+    tokenizer, clock = AutoTokenizer.from_pretrained(work.folder), Clock(work)
+
+    class Timed(trl.GRPOTrainer):  # type: ignore[misc]
+        def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+            clock.begin_generation()
+            found = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            if not continuous:
+                clock.check(prompt_ids, found[0])
+            clock.lap("generation")
+            return found
+
+    with tempfile.TemporaryDirectory() as scratch:
+        config = trl.GRPOConfig(
+            output_dir=scratch,
+            model_init_kwargs=hf.options(work),
+            per_device_train_batch_size=work.rows,
+            num_generations=work.group,
+            max_completion_length=work.length - work.prompt,
+            max_steps=work.total,
+            use_transformers_continuous_batching=continuous,
+            # TRL cuts completions at the tokenizer's end token, wherever that comes from. Continuous batching leaves no
+            # token out: about one completion in five hundred ends early.
+            generation_kwargs={
+                "eos_token_id": None,
+                "suppress_tokens": None if continuous else [tokenizer.eos_token_id],
+            },
+            shuffle_dataset=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **({"use_cpu": True, "bf16": False} if work.device == "cpu" else {}),
+        )
+        trainer = Timed(
+            model=work.folder, args=config, train_dataset=rows.dataset(work, tokenizer), processing_class=tokenizer,
+            peft_config=hf.lora(work), reward_funcs=rows.by_place, callbacks=[Steps(clock)],
+        )  # fmt: skip
+        trainer.train()
+    return {
+        **clock.result(),
+        "weights_bytes": weights(trainer.model),
+        "dtype": work.dtype,
+        "trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+    }
+
+
+def weights(model: Any) -> int:
+    """Bytes of the model and its adapter."""
+    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
 
 
 class Endless:
@@ -72,39 +133,25 @@ class Endless:
         return getattr(self._tokenizer, name)
 
 
-class Parts:
-    """A generator that passes everything on, and looks at clock and memory where generation begins and ends."""
+class Clock:
+    """Seconds and peaks of memory of a step's two parts."""
 
-    def __init__(self, work: TrainerWork, generator: Any, settings: Any) -> None:
-        self._work, self._generator, self._settings = work, generator, settings
-        self._gpu = work.device == "cuda"
+    def __init__(self, work: TrainerWork) -> None:
+        self._work, self._gpu = work, work.device == "cuda"
         self._last = 0.0
         self._seconds: dict[str, list[float]] = {"generation": [], "training": []}
         self._peaks = {"generation": 0, "training": 0}
         self._graphs = 0
 
-    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Any) -> Any:
-        """Raises SystemExit unless every completion is as long as it may be."""
-        found = self._generator.generate(prompt_ids, sampling)
-        asked = {self._work.prompt}, {self._work.length - self._work.prompt}
-        if asked != (lengths := ({*map(len, prompt_ids)}, {*map(len, found.ids)})):
-            raise SystemExit(f"tokens of prompts and completions are {lengths}, not {asked}")
-        return found
-
-    def begin_rollout(self) -> None:
+    def begin_generation(self) -> None:
         """Training ends here, but for the first step, before which there was none."""
         self.lap("training" if self._last else "")
-        self._settings.eos_token_id = None  # transformers' Trainer has given it the tokenizer's
-        self._generator.begin_rollout()
 
-    def end_rollout(self) -> None:
-        """Generation ends here."""
-        self._generator.end_rollout()
-        self.lap("generation")
-
-    def weights_changed(self) -> None:
-        """As the generator's own."""
-        self._generator.weights_changed()
+    def check(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> None:
+        """Raises SystemExit unless every completion is as long as it may be."""
+        asked = {self._work.prompt}, {self._work.length - self._work.prompt}
+        if asked != (lengths := ({*map(len, prompts)}, {*map(len, completions)})):
+            raise SystemExit(f"tokens of prompts and completions are {lengths}, not {asked}")
 
     def lap(self, part: str) -> None:
         """The part that ends here."""
@@ -134,12 +181,40 @@ class Parts:
         }
 
 
+class Parts:
+    """A generator that passes everything on, by the clock."""
+
+    def __init__(self, clock: Clock, generator: Any, settings: Any) -> None:
+        self._clock, self._generator, self._settings = clock, generator, settings
+
+    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Any) -> Any:
+        """As the generator's own, all of full length."""
+        found = self._generator.generate(prompt_ids, sampling)
+        self._clock.check(prompt_ids, found.ids)
+        return found
+
+    def begin_rollout(self) -> None:
+        """As the generator's own."""
+        self._clock.begin_generation()
+        self._settings.eos_token_id = None  # transformers' Trainer has given it the tokenizer's
+        self._generator.begin_rollout()
+
+    def end_rollout(self) -> None:
+        """Generation ends here."""
+        self._generator.end_rollout()
+        self._clock.lap("generation")
+
+    def weights_changed(self) -> None:
+        """As the generator's own."""
+        self._generator.weights_changed()
+
+
 class Steps(TrainerCallback):
     """Says when the last step ends."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Before anything is saved."""
-        self._parts.lap("training")
+        self._clock.lap("training")

@@ -18,11 +18,18 @@ class TrainerWork(Work):
     """Tokens of a prompt, the template's included; the rest of a sequence is the answer."""
     generator: str = "transformers"
     """ftcore's, where completions are not given."""
+    prompts: int = 1
+    """Prompts of a GRPO step; its rows are their completions."""
 
     @property
     def batch(self) -> int:
         """Rows of the data set in a step: a row of DPO's has two sequences."""
         return self.rows // 2 if self.trainer == "dpo" else self.rows
+
+    @property
+    def group(self) -> int:
+        """Completions of a prompt."""
+        return self.rows // self.prompts
 
     def title(self) -> str:
         """The work in a line."""

@@ -38,7 +38,7 @@ def overrides(work: TrainerWork, scratch: str) -> list[str]:
         "kto": [],
         "grpo": [
             "+trainer.args.shuffle_dataset=false",
-            f"trainer.num_generations={work.rows}",
+            f"trainer.num_generations={work.group}",
             f"trainer.max_completion_length={work.length - work.prompt}",
             f"generator={work.generator}",
         ],

@@ -50,7 +50,7 @@ def run(work: TrainerWork) -> dict[str, Any]:
 
 def _grpo(work: TrainerWork) -> dict[str, Any]:
     return {
-        "num_generations": work.rows,
+        "num_generations": work.group,
         "max_completion_length": work.length - work.prompt,
         "shuffle_dataset": False,
     }
