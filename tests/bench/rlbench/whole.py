@@ -67,6 +67,7 @@ def measured(work: TrainerWork) -> dict[str, Any]:
 
 def of_trl(work: TrainerWork, continuous: bool) -> dict[str, Any]:
     """TRL's trainer as it comes, by transformers' `generate` or its continuous batching."""
+    import torch
     import trl
     from stepbench.sides import hf
     from transformers import AutoTokenizer
@@ -112,6 +113,7 @@ def of_trl(work: TrainerWork, continuous: bool) -> dict[str, Any]:
         **clock.result(),
         "weights_bytes": weights(trainer.model),
         "dtype": work.dtype,
+        "gpu": torch.cuda.get_device_name() if work.device == "cuda" else "CPU",
         "trained": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }
 
