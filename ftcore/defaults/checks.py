@@ -148,7 +148,8 @@ def _folders(plan: Plan) -> Iterator[Problem]:
     if asked in (None, NEVER):
         kept = [name for name in RUN_FILES if (plan.output_dir / name).exists()]
         if kept:
-            fix = "name another folder, or go on with that run: resume=last"
+            left = any((plan.output_dir / "checkpoints").glob("checkpoint-*"))
+            fix = "name another folder" + (", or go on with that run: resume=last" if left else "")
             yield Problem("output_dir", f"{plan.output_dir} already holds a run ({kept[0]})", fix)
         return
     yield from _same_run(plan)

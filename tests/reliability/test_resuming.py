@@ -94,7 +94,9 @@ def test_a_config_of_somebody_elses_is_left_alone(interrupted, capsys) -> None:
     Path("mine").mkdir()
     Path("mine/config.yaml").write_text("a: 1")
     assert command([*(w for w in words if not w.startswith("output_dir")), "output_dir=mine"]) == 2
-    assert "already holds a run (config.yaml)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "already holds a run (config.yaml)" in said
+    assert "resume=last" not in said, "there is nothing to go on from"
     assert Path("mine/config.yaml").read_text() == "a: 1"
 
 
