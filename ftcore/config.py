@@ -291,6 +291,8 @@ class RunConfig:
     memory, `auto` does of both what the GPU's memory asks for."""
     memory_limit: float | None = None
     """GiB of GPU memory that `memory=auto` plans with; null takes what is free."""
+    gpu_memory: float | None = None
+    """GiB of a GPU for which `ftcore plan` says what fits; null takes this machine's, if there is one."""
     graphs: Graphs = Graphs.auto
     """Record the layers' launches as CUDA graphs where they take longer than the work (`auto`), or never (`off`)."""
     rewards: list[str] = field(default_factory=list)

@@ -113,6 +113,8 @@ def _combinations(plan: Plan) -> Iterator[Problem]:
     if run.memory.value == "offload" and plan.device.kind != "cuda":
         message = "`offload` moves layer inputs from a GPU to host memory, and there is no GPU"
         yield Problem("memory", message, "use memory=least for the smallest footprint")
+    if run.gpu_memory is not None and run.gpu_memory <= 0:
+        yield Problem("gpu_memory", f"is {run.gpu_memory:g}", "give the GiB of a GPU, such as 24, or leave it out")
     if run.memory_limit is not None and run.memory_limit <= 0:
         yield Problem("memory_limit", f"is {run.memory_limit:g}", "give GiB, such as 20, or leave it out")
     elif run.memory_limit is not None and run.memory.value != "auto":

@@ -9,6 +9,7 @@ from typing import Any
 from ftcore import checkpoint, pipeline, rope, vocabulary
 from ftcore import hooks as h
 from ftcore.config import Memory
+from ftcore.forecast import Forecast, free
 from ftcore.manager import Hooks, spec_names
 from ftcore.memory import micro_batch, wants_recompute
 from ftcore.patching import INSIDE
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> int:
     model, patches = on_meta(hooks, plan)
     heading("Run")
     table(_settings(plan, model))
+    _show_memory(plan, model)
     heading("Kernels")
     _show_patches(patches)
     heading("Stages: who answers (first asked first, ~ wraps)")
@@ -81,6 +83,37 @@ def _settings(plan: Plan, model: Any) -> Iterable[tuple[str, str]]:
             yield "memory", f"{run.memory.value}: {recomputed} recomputed"
     yield "exports", ", ".join(run.export) or "none (the adapter or model is always saved)"
     yield "run folder", str(plan.output_dir)
+
+
+def _show_memory(plan: Plan, model: Any) -> None:
+    """What fits a GPU: the one that was asked for, or this machine's."""
+    size = plan.run.gpu_memory or (plan.device.memory / 2**30 if plan.device.kind == "cuda" else None)
+    if size is None or plan.run.trainer is None:
+        return
+    heading(f"Memory of a GPU of {size:.0f} GiB (a forecast)")
+    forecast = Forecast.of(plan, model)
+    if forecast is None:
+        note("  none: layers of this run are transformers' own, and nobody has counted what those keep")
+        return
+    rows, length, room = micro_batch(plan), plan.run.trainer.max_length, free(size)
+    batch = f"{rows} x {length:,} tokens"
+    table(
+        (
+            (
+                f"memory={memory.value}",
+                _fit(forecast.peak(memory, rows, length), room),
+                f"{forecast.longest(memory, room):,}",
+                f"{forecast.most_rows(memory, length, room):,}",
+            )
+            for memory in (Memory.off, Memory.least, Memory.offload)
+        ),
+        ("", batch, "longest row", f"rows of {length:,}"),
+    )
+    note("  memory=auto is `off` where that fits, and goes towards the others where it does not")
+
+
+def _fit(peak: int, room: int) -> str:
+    return f"{peak / 2**30:.1f} GiB" + ("" if peak <= room else ", too much")
 
 
 def _count_rows(plan: Plan) -> int | None:

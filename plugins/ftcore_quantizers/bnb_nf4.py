@@ -20,6 +20,11 @@ class Config(QuantizerConfig):
     """Quantize the block scales as well: 0.37 bits a weight less."""
 
 
+def bits_per_weight(config: Config) -> float:
+    """Four, and a scale for 64 weights: 32 bits, or 8 and a scale of 32 for 256 of those."""
+    return 4 + (8 + 32 / 256 if config.double_quant else 32) / 64
+
+
 @hookimpl
 def ftcore_quantization_config(plan: Plan) -> Any:
     """Weights in NF4, products in the plan's dtype."""

@@ -32,6 +32,11 @@ class Config(QuantizerConfig):
     """`fp8` keeps a transposed copy, 2 bytes a weight; `bf16` unpacks the weights each time: 1 byte, slower, closer."""
 
 
+def bits_per_weight(config: Config) -> float:
+    """With the transposed copy, or without."""
+    return 16 if config.backward is Backward.fp8 else 8
+
+
 @hookimpl
 def ftcore_check_plan(plan: Plan) -> list[Problem]:
     """What trains or measures the weights themselves cannot be had over fp8."""
