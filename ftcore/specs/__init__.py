@@ -1,0 +1,41 @@
+"""The frozen objects that flow through a run. Nothing here imports torch when it is imported."""
+
+from __future__ import annotations
+
+from ftcore.specs.data import DataFormat, Shape
+from ftcore.specs.family import Bundle, Chat, Limit, ModelFamily, Vision
+from ftcore.specs.kernels import Claim, Kernel, Level, PatchReport, Phase, Recomputing, Requirement, Role, Skip
+from ftcore.specs.plan import Plan, PluginInfo
+from ftcore.specs.results import Answer, Artifact, Loaded, RunResult
+from ftcore.specs.training import Completions, Generator, Reward, Sampling, TrainerSpec, TrainReport
+
+__all__ = [
+    "Answer",
+    "Artifact",
+    "Bundle",
+    "Chat",
+    "Claim",
+    "Completions",
+    "DataFormat",
+    "Generator",
+    "Kernel",
+    "Level",
+    "Limit",
+    "Loaded",
+    "ModelFamily",
+    "PatchReport",
+    "Phase",
+    "Plan",
+    "PluginInfo",
+    "Recomputing",
+    "Requirement",
+    "Reward",
+    "Role",
+    "RunResult",
+    "Sampling",
+    "Shape",
+    "Skip",
+    "TrainReport",
+    "TrainerSpec",
+    "Vision",
+]
