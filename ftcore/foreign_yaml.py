@@ -58,18 +58,18 @@ def _below(folder: Path, open_files: bool) -> Iterator[Problem]:
 
     Records of runs and of sweeps lie below a working directory as well, and nobody can select those.
     """
-    waiting, seen = ["", *sorted({*KINDS, *OTHER_GROUPS})], set[Path]()
+    there = {part.name for part in folder.iterdir() if part.is_dir()} if folder.is_dir() else set()
+    waiting, seen = ["", *sorted(there & {*KINDS, *OTHER_GROUPS})], set[Path]()
     for group in waiting:  # grows
         files = folder.glob("*.y*ml") if not group else (folder / group).rglob("*.y*ml")
         for file in sorted(set(files) - seen):
             seen.add(file)
-            named = _groups(file, folder)
-            waiting += [name for name in sorted(named) if name not in waiting]
+            waiting += [name for name in sorted(_groups(file, there)) if name not in waiting]
             yield from _of(file, folder, open_files)
 
 
-def _groups(file: Path, folder: Path) -> set[str]:
-    """Folders that the file's defaults list names, by their first part; all there are, where that is not plain."""
+def _groups(file: Path, there: set[str]) -> set[str]:
+    """Those of the folders that the file's defaults list names; all, where it does not name them plainly."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
@@ -77,12 +77,12 @@ def _groups(file: Path, folder: Path) -> set[str]:
     defaults = content.get("defaults") if isinstance(content, Mapping) else None
     found: set[str] = set()
     for entry in defaults if isinstance(defaults, list) else []:
-        for name in map(str, entry if isinstance(entry, Mapping) else [entry]):
-            plain = name.replace("override ", "").replace("optional ", "").strip(" /").partition("@")[0]
-            if "$" in name:
-                found |= {part.name for part in folder.iterdir() if part.is_dir()}
-            found.add(plain.partition("/")[0])
-    return {name for name in found if name not in ("", ".", "..", "_self_") and "$" not in name}
+        for name in islice(_words(entry), MOST):
+            parts = name.replace("override ", "").replace("optional ", "").strip(" /").partition("@")[0].split("/")
+            if "$" in name or {"", ".", ".."} & set(parts):
+                return there
+            found.add(parts[0].casefold())  # some file systems do not tell letters' cases apart
+    return {name for name in there if name.casefold() in found}
 
 
 def _of(file: Path, folder: Path, open_files: bool) -> Iterator[Problem]:

@@ -7,7 +7,6 @@ begun. All values stay small: a list is as heavy as its text would be, so that w
 from __future__ import annotations
 
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -48,13 +47,11 @@ def too_long() -> TooMuch:
     return TooMuch(f"makes more than {TEXT // 10**6} MB of text")
 
 
-def _peak() -> int:
-    """Bytes that the process has had at most; 0 where the system does not tell."""
-    if sys.platform == "win32":
-        return 0
-    import resource
+def _size() -> int:
+    """Bytes that the process has now. Its highest so far would hide all growth below what it once had."""
+    import psutil
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << (0 if sys.platform == "darwin" else 10)
+    return int(psutil.Process().memory_info().rss)
 
 
 class _Meter(threading.local):
@@ -96,8 +93,9 @@ class _Meter(threading.local):
         self.made += count
         if self.made > LOOK:
             self.made = 0
-            self.size = _peak() if self.size < 0 else self.size
-            if not self.size or _peak() - self.size > MEMORY - LOOK:
+            now = _size()
+            self.size = now if self.size < 0 else self.size
+            if now - self.size > MEMORY - LOOK:
                 raise TooMuch(f"takes more than {MEMORY >> 20} MB")
 
 

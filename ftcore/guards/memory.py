@@ -115,7 +115,7 @@ class FitsMemory(SkipsNonFinite):
         why = self.whole(newest)
         if self.accelerator.num_processes > 1:
             why = "several processes compute it together"
-        elif not why and not self.prepares and self._step_rows is None:
+        elif not why and not self.prepares and not self._are_known(len(self._done) - 1):
             why = "its rows come from a stream"
         if why:
             raise NoMemory(f"out of memory: {error}\n    the micro-batch cannot be cut, for {why}\n    fix: {FIX}")
@@ -138,9 +138,14 @@ class FitsMemory(SkipsNonFinite):
 
     def _rows_in(self, number: int) -> int:
         """Rows of a micro-batch of this step."""
-        if not self.prepares and self._step_rows is not None:
+        if not self.prepares and self._are_known(number):
+            assert self._step_rows is not None
             return len(self._step_rows[number])
         return rows_of(self._done[number])
+
+    def _are_known(self, number: int) -> bool:
+        """Whether the rows of a micro-batch of this step are: not of one that somebody puts in by hand."""
+        return self._step_rows is not None and number < len(self._step_rows)
 
     def _in_parts(self, model: Any, number: int, items: Any) -> torch.Tensor:
         """Forward and backward of a micro-batch, in as many parts as it takes; returns its loss."""

@@ -134,9 +134,11 @@ def test_records_of_runs_below_the_folder_are_nobody_s_to_select(in_tmp: Path) -
         Path(place).parent.mkdir(parents=True)
         Path(place).write_text("defaults: x\nhydra: {job_logging: {root: y}}\n", encoding="utf-8")
     foreign_yaml.check(".")
-    Path("mine.yaml").write_text("defaults: [{runs/sweep-1@_global_: multirun}]\n", encoding="utf-8")
-    with pytest.raises(Refused, match=r"hydra\.job_logging"):
-        foreign_yaml.check(".")
+    for entry in ("{runs/sweep-1@_global_: multirun}", "{./runs/sweep-1: multirun}", "{recipe: ../runs/sweep-1/multirun}",
+                  "{optional Runs/sweep-1: multirun}", "runs/sweep-1/multirun", "{'${a}': multirun}"):  # fmt: skip
+        Path("mine.yaml").write_text(f"defaults: [{entry}]\n", encoding="utf-8")
+        with pytest.raises(Refused, match=r"hydra\.job_logging"):
+            foreign_yaml.check(".")
 
 
 def test_a_comment_reads_no_environment(in_tmp: Path) -> None:
