@@ -129,13 +129,23 @@ def test_folders_and_parameters_of_a_sweep_stay_open(recipe, capsys) -> None:
     capsys.readouterr()
 
 
+NAMED = (
+    "{runs/sweep-1@_global_: multirun}",
+    "{./runs/sweep-1: multirun}",
+    "{recipe: ../runs/sweep-1/multirun}",
+    "{optional Runs/sweep-1: multirun}",
+    "runs/sweep-1/multirun",
+    "{'${a}': multirun}",
+)
+"""Ways in which a file that can be selected may name one below another folder."""
+
+
 def test_records_of_runs_below_the_folder_are_nobody_s_to_select(in_tmp: Path) -> None:
     for place in ("runs/sweep-1/multirun.yaml", ".github/workflows/ci.yml"):
         Path(place).parent.mkdir(parents=True)
         Path(place).write_text("defaults: x\nhydra: {job_logging: {root: y}}\n", encoding="utf-8")
     foreign_yaml.check(".")
-    for entry in ("{runs/sweep-1@_global_: multirun}", "{./runs/sweep-1: multirun}", "{recipe: ../runs/sweep-1/multirun}",
-                  "{optional Runs/sweep-1: multirun}", "runs/sweep-1/multirun", "{'${a}': multirun}"):  # fmt: skip
+    for entry in NAMED:
         Path("mine.yaml").write_text(f"defaults: [{entry}]\n", encoding="utf-8")
         with pytest.raises(Refused, match=r"hydra\.job_logging"):
             foreign_yaml.check(".")
