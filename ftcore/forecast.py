@@ -2,7 +2,7 @@
 
 Counted are the weights, the gradients and moments of what is trained, what the layers keep for their backward, and the
 largest work that is done for a while, by the very numbers that `memory=auto` decides by. Libraries' own memory and what
-the allocator rounds up are not known here: `FREE` leaves room for them.
+the allocator rounds up are not known here: `free` leaves room for them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ftcore.specs import Plan, Recomputing
 BITS = "bits_per_weight"
 """Function of a quantizer's module: from its config to the bits that a frozen weight takes, scales included."""
 CONTEXT = 2**29
-"""Bytes that CUDA and the libraries take for themselves."""
+"""Bytes left for what CUDA and the libraries take for themselves: an allowance, not a measurement."""
 STEP = 256
 """Tokens that a row's length is found to."""
 LONGEST = 2**23
@@ -42,11 +42,15 @@ class Forecast:
     layers: Sequence[Recomputing]
 
     @classmethod
-    def of(cls, plan: Plan, model: Any) -> Forecast | None:
-        """None where layers are transformers' own: nobody has counted what those keep."""
-        layers = layers_that_choose(model)
-        if plan.run.trainer is None or len(layers) != model.config.get_text_config().num_hidden_layers:
-            return None
+    def of(cls, plan: Plan, model: Any) -> Forecast | str:
+        """Or why there is none: what is not counted."""
+        trainer, layers = plan.trainer, layers_that_choose(model)
+        if trainer is None or not trainer.tokenized or trainer.teacher:
+            return "counted are trainers of one sequence a row and one model"
+        if plan.family.vision is not None:
+            return "what images take is not counted"
+        if len(layers) != model.config.get_text_config().num_hidden_layers:
+            return "layers of this run are transformers' own, and nobody has counted what those keep"
         if plan.run.graphs is Graphs.auto:
             for before, layer in zip([None, *layers], layers, strict=False):
                 layer.follow(before)

@@ -24,6 +24,8 @@ class TrainerSpec:
     """Prompts are continued as they stand, without the chat template."""
     wants_rewards: bool = False
     reference_model: bool = False
+    teacher: bool = False
+    """Another model says what is learnt."""
     args: str | None = None
     """`package.module:Class` of the trainer library's own arguments, whose names `trainer.args` is checked against."""
     owned: frozenset[str] = frozenset()

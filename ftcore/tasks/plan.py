@@ -92,8 +92,8 @@ def _show_memory(plan: Plan, model: Any) -> None:
         return
     heading(f"Memory of a GPU of {size:.0f} GiB (a forecast)")
     forecast = Forecast.of(plan, model)
-    if forecast is None:
-        note("  none: layers of this run are transformers' own, and nobody has counted what those keep")
+    if isinstance(forecast, str):
+        note(f"  none: {forecast}")
         return
     rows, length, room = micro_batch(plan), plan.run.trainer.max_length, free(size)
     batch = f"{rows} x {length:,} tokens"

@@ -45,6 +45,7 @@ def ftcore_trainer_spec() -> TrainerSpec:
     return TrainerSpec(
         accepts=frozenset({Shape.MESSAGES, Shape.PROMPT_COMPLETION}),
         tokenized=True,
+        teacher=True,
         args="trl.experimental.gkd.gkd_config:GKDConfig",
         owned=OWNED | own | {"assistant_only_loss", "completion_only_loss", "loss_type"},
     )

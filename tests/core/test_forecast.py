@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -36,7 +37,7 @@ MEASURED = {
 def forecast(*words: str) -> Forecast:
     hooks, plan = pipeline.prepare(validated([*words, "output_dir=nowhere"]))
     found = Forecast.of(plan, on_meta(hooks, plan)[0])
-    assert found is not None
+    assert isinstance(found, Forecast)
     return found
 
 
@@ -78,3 +79,24 @@ def test_the_plan_shows_it(in_tmp, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nobody has counted" in capsys.readouterr().out
     assert command([*words, "gpu_memory=-1"]) == 2
     assert "gpu_memory: is -1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("+model=qwen3 +trainer=dpo", "one sequence a row"),
+        ("+model=qwen2_vl +trainer=sft data=images", "what images take"),
+    ],
+)
+def test_what_is_not_counted_is_said(words: str, reason: str, in_tmp, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["plan", *words.split(), "model.tiny=true", "gpu_memory=8"]) == 0
+    assert reason in capsys.readouterr().out
+
+
+def test_a_teacher_is_not_counted() -> None:
+    hooks, plan = pipeline.prepare(validated(["+model=qwen3", "model.tiny=true", "+trainer=sft", "output_dir=nowhere"]))
+    model = on_meta(hooks, plan)[0]
+    assert plan.trainer is not None
+    assert isinstance(Forecast.of(plan, model), Forecast)
+    taught = replace(plan, trainer=replace(plan.trainer, teacher=True))
+    assert "one model" in str(Forecast.of(taught, model))
