@@ -44,15 +44,13 @@ class Engine:
     """Completions by a `...ForCausalLM`, in evaluation mode, with or without PEFT's layers in it."""
 
     def __init__(self, base: Any, role: Role, limits: Limits) -> None:
-        """Raises Uncovered if its layers are not of the kind that is computed here."""
         self._base, self._role, self._limits = base, role, limits
         self._device: torch.device = base.device
         self._places: list[Place] = []
         self._dtype = base.get_input_embeddings().weight.dtype
-        layers.read(base, role, self._device)
 
     def open(self) -> None:
-        """Take the weights as they are now. Raises Uncovered if an adapter is on that is not computed here."""
+        """Take the weights as they are now. Raises Uncovered if layers or an adapter are not computed here."""
         if not self._places:
             places = layers.read(self._base, self._role, self._device)
             room = 0 if self._limits.memory is None else int(UNPACKED * self._limits.memory())
@@ -226,7 +224,7 @@ class _Run:
 
 
 def fitting(base: Any, roles: Sequence[Role], limits: Limits) -> Engine:
-    """An engine over the model. Raises Uncovered, with the reason, if there is none for it."""
+    """An engine over the model. Raises Uncovered if the family is of another kind; `open` looks at the layers."""
     role = next((role for role in roles if role.name == "decoder_layer"), None)
     if role is None:
         raise Uncovered("the family declares no decoder layer of the plain kind")
