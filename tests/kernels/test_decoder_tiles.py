@@ -221,7 +221,7 @@ def test_tiles_save_what_they_are_said_to(tiled, monkeypatch) -> None:
     assert recompute._tile(2 * 32) == 16
     whole, in_tiles = (measured(ours, rows, tiled, shape=(2, 32))[1].peak for rows in (0, 16))
     said = recompute.workspace(2, 32) - recompute.workspace(2, 32, True)
-    # On an H200, where other kernels have other temporaries, it was 17 % less.
+    # On an H200 it was 17 % less than said; why is not known.
     assert whole - in_tiles == pytest.approx(2 * said, rel=0.2 if torch.cuda.is_available() else 0.1)
     assert in_tiles < 0.5 * whole
 
