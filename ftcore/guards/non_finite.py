@@ -141,7 +141,7 @@ class SkipsNonFinite(WatchedSteps):
         if not self.repeatable or self._scaler() is not None or self.accelerator.num_processes > 1:
             return "not tried again"
         try:
-            with self._as_if_nothing_happened():
+            with self._as_if_nothing_happened(step):
                 losses = [self._one_pass(self.model_wrapped, copied(one), step.items) for one in step.batches]
                 gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
                 norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
@@ -151,15 +151,17 @@ class SkipsNonFinite(WatchedSteps):
         return "transient: finite when computed again" if finite else "reproducible: the same when computed again"
 
     @contextmanager
-    def _as_if_nothing_happened(self) -> Iterator[None]:
-        """Gradients, random generators and metrics are afterwards as they were."""
+    def _as_if_nothing_happened(self, step: _Pending) -> Iterator[None]:
+        """The count of steps is that of `step`; it, gradients, generators and metrics are afterwards as they were."""
         held = [(p, p.grad) for group in self.optimizer.param_groups for p in group["params"]]
         metrics = {name: copy.deepcopy(vars(self)[name]) for name in SUMS if name in vars(self)}
-        random = random_state()
+        random, now = random_state(), self.state.global_step
         self._drop_gradients()
+        self.state.global_step = step.number - 1  # on a device the next step may have been launched meanwhile
         try:
             yield
         finally:
+            self.state.global_step = now
             set_random_state(random)
             vars(self).update(metrics)
             for parameter, gradient in held:

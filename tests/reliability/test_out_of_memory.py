@@ -128,7 +128,8 @@ def test_every_trainer_that_can_cut_its_batch(in_tmp: Path, name: str, within_ba
 
 @pytest.mark.slow
 def test_three_times_too_large(in_tmp: Path) -> None:
-    same(["+trainer=sft", *SHORT], rows=1)
+    # On a GPU, whose sums have another order for every number of rows, AdamW moves one weight by 1.6e-6.
+    same(["+trainer=sft", *SHORT, *(SGD if torch.cuda.is_available() else [])], rows=1)
     assert events() == [(8, 4), (4, 2), (2, 1)]
 
 
