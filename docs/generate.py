@@ -20,6 +20,7 @@ from ftcore.defaults import modules as core_modules
 from ftcore.defaults.plan import PlanMaker
 from ftcore.errors import Exit
 from ftcore.manager import spec_names
+from ftcore_kernels.decoding.families import images, way
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -348,6 +349,9 @@ def _family(option: Option, family: ModelFamily) -> Iterator[str]:
         yield "* A quantizer leaves the experts as they are: they are parameters, not linear layers."
     if family.shapes:
         yield f"* `model.shape`: {', '.join(f'`{name}`' for name in family.shapes)}."
+    if (how := way(family)) is not None:
+        shown = "; prompts with images too" if images(family) else ""
+        yield f"* `generator=fast`: {how}{shown}."
     for kind, keys in family.sampling.items():
         yield f"* Recommended, {kind}: {', '.join(f'{key} {value}' for key, value in keys.items())}."
     for limit in family.limits:

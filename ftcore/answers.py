@@ -2,69 +2,116 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ftcore.config import SamplingConfig
+from ftcore.errors import Problem, Refused
+from ftcore.pieces import Pieces, decoded
+from ftcore.specs import Generator, Sampling, Streaming
 from ftcore.tokens import render
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+TOP_K = 50
+"""transformers draws from so many tokens where a checkpoint does not say how many."""
 
-def answers_to(
-    prompts: Sequence[str],
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: SamplingConfig,
-    continues: bool = False,
-) -> list[str]:
-    """One answer per prompt, each in a conversation of its own.
 
-    :param continues: prompts are texts to go on with, whatever the chat template.
+class Answers:
+    """A model's answers, written by the run's generator.
+
+    :param generator: None where the run has none; then nothing can be asked.
     """
-    if continues:
-        return [_continuation(prompt, model, tokenizer, sampling) for prompt in prompts]
-    system = [{"role": "system", "content": sampling.system}] if sampling.system else []
-    return [answer([*system, {"role": "user", "content": prompt}], model, tokenizer, sampling) for prompt in prompts]
 
+    def __init__(
+        self,
+        generator: Generator | None,
+        model: torch.nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: SamplingConfig,
+    ) -> None:
+        self._generator, self._model, self._tokenizer, self._settings = generator, model, tokenizer, sampling
 
-def answer(
-    messages: Sequence[dict[str, str]], model: Any, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig
-) -> str:
-    """The assistant's next message. A tokenizer without a chat template continues the last message's text."""
-    if not tokenizer.chat_template:
-        return _continuation(messages[-1]["content"], model, tokenizer, sampling)
-    text = render(tokenizer, messages, generate=True)
-    return _written(tokenizer(text, add_special_tokens=False, return_tensors="pt"), model, tokenizer, sampling)
+    def to(self, prompts: Sequence[str], continues: bool = False) -> list[str]:
+        """One answer per prompt, each in a conversation of its own, all of them written at once.
 
+        :param continues: prompts are texts to go on with, whatever the chat template.
 
-def _continuation(text: str, model: Any, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig) -> str:
-    return _written(tokenizer(text, return_tensors="pt"), model, tokenizer, sampling)
+        Raises Refused where there are prompts and no generator.
+        """
+        if not prompts:
+            return []
+        system = [{"role": "system", "content": self._settings.system}] if self._settings.system else []
+        talks = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
+        ids = [self._continued(talk) if continues else self._asked(talk) for talk in talks]
+        with _memory_given_back(self._model), self.writing() as generator:
+            written = generator.generate(ids, self._sampling()).ids
+        return [decoded(self._tokenizer, row).strip() for row in written]
 
+    def next(self, messages: Sequence[dict[str, str]], show: Callable[[str], None]) -> str:
+        """The assistant's next message. A tokenizer without a chat template continues the last message's text.
 
-def _written(given: Any, model: Any, tokenizer: PreTrainedTokenizerBase, sampling: SamplingConfig) -> str:
-    import torch
-    from transformers import GenerationConfig
+        :param show: Called with what is new of it, again and again while it is written. What it raises ends the answer.
 
-    inputs = given.to(model.device)
-    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature > 0 else {}
-    settings = GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=sampling.temperature > 0,
-        eos_token_id=end_ids(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-        **drawn,
-    )
-    with evaluating(model), torch.no_grad():
-        ids = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_config=settings
+        Raises Refused where there is no generator, or where the template does not take the conversation.
+        """
+        pieces, said = Pieces(self._tokenizer), ""
+
+        def shown(text: str) -> None:
+            nonlocal said
+            said += text
+            show(text)
+
+        generator, ids, sampling = self._needed(), self._asked(messages), self._sampling()
+        if isinstance(generator, Streaming):
+            generator.stream(ids, sampling, lambda new: shown(pieces.add(new)))
+        else:
+            [row] = generator.generate([ids], sampling).ids
+            shown(pieces.add(row))
+        shown(pieces.end())
+        return said
+
+    @contextmanager
+    def writing(self) -> Iterator[Generator]:
+        """Inside the block the generator may keep the memory that it needs. Raises Refused where there is none."""
+        generator = self._needed()
+        generator.begin_rollout()
+        try:
+            yield generator
+        finally:
+            generator.end_rollout()
+
+    def _needed(self) -> Generator:
+        if self._generator is None:
+            raise Refused(Problem("generator", "there is none to write the answers", "use generator=fast"))
+        return self._generator
+
+    def _asked(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        if not self._tokenizer.chat_template:
+            return self._continued(messages)
+        text = render(self._tokenizer, messages, generate=True)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _continued(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        ids: list[int] = self._tokenizer(messages[-1]["content"])["input_ids"]
+        return ids
+
+    def _sampling(self) -> Sampling:
+        """As the config says; what it does not say is as the checkpoint's generation config has it."""
+        asked, own = self._settings, getattr(self._model, "generation_config", None)
+        top_k = getattr(own, "top_k", None)
+        return Sampling(
+            max_new_tokens=asked.max_new_tokens,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            top_k=TOP_K if top_k is None else top_k,
+            min_p=getattr(own, "min_p", None) or 0.0,
+            repetition_penalty=getattr(own, "repetition_penalty", None) or 1.0,
         )
-    said = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return str(said).strip()
 
 
 def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -83,3 +130,15 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was)
+
+
+@contextmanager
+def _memory_given_back(model: Any) -> Iterator[None]:
+    """What PyTorch keeps for the next answer is the GPU's again at the end: what comes next may need all of it."""
+    try:
+        yield
+    finally:
+        if model.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()

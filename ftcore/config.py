@@ -139,7 +139,7 @@ class TrainerConfig(PluginConfig):
     epochs: float = 1.0
     """Passes over the rows."""
     micro_batch: int = 0
-    """Rows per forward pass; 0 takes the whole global batch, up to 8."""
+    """Rows per forward pass; 0 takes the whole global batch, up to 8, and -1 what a forecast finds fastest on a GPU."""
     global_batch: int = 8
     """Rows per optimizer step of one process; gradient accumulation follows from it."""
     max_length: int = 1024
@@ -177,7 +177,7 @@ class TrainerConfig(PluginConfig):
 
 @dataclass
 class GeneratorConfig(PluginConfig):
-    """Base of all generators: who writes completions for reinforcement learning."""
+    """Base of all generators: who writes completions to learn from, and answers."""
 
 
 @dataclass
@@ -278,7 +278,7 @@ class RunConfig:
     trainer: TrainerConfig | None = None
     """Training method."""
     generator: GeneratorConfig | None = None
-    """Who writes completions for reinforcement learning."""
+    """Who writes completions to learn from, the answers to `prompts`, and those of `ftcore chat`."""
     reward: dict[str, RewardConfig] = field(default_factory=dict)
     """Reward functions."""
     export: dict[str, ExportConfig] = field(default_factory=dict)
@@ -292,7 +292,13 @@ class RunConfig:
     memory_limit: float | None = None
     """GiB of GPU memory that `memory=auto` plans with; null takes what is free."""
     gpu_memory: float | None = None
-    """GiB of a GPU for which `ftcore plan` says what fits; null takes this machine's, if there is one."""
+    """GiB of a GPU for which `ftcore plan` says what fits; null takes that of `gpu`, or this machine's, if there is
+    one."""
+    gpu: str | None = None
+    """GPU for which `ftcore plan` says how long a step takes, such as `L4` or `"RTX 4090"`; null takes this machine's,
+    or one with `gpu_memory`."""
+    host_memory: float | None = None
+    """GiB of host memory with which `ftcore plan` counts; null takes what this machine has."""
     graphs: Graphs = Graphs.auto
     """Record the layers' launches as CUDA graphs where they take longer than the work (`auto`), or never (`off`)."""
     rewards: list[str] = field(default_factory=list)

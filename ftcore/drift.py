@@ -21,7 +21,8 @@ RECORD = "config.yaml"
 FREE = frozenset(
     {
         *("output_dir", "run", "resume", "gguf", "objective", "prompts", "sampling", "preview", "export", "extra"),
-        *("kernels", "patching", "memory", "memory_limit", "gpu_memory", "graphs"),
+        *("kernels", "patching", "memory", "memory_limit", "gpu_memory", "gpu", "host_memory"),
+        "graphs",
         *("trainer.max_steps", "trainer.epochs", "trainer.logging_steps", "trainer.save_steps", "trainer.eval_steps"),
         *("trainer.micro_batch", "generator.batch", "generator.prompt_tokens", "generator.memory_fraction"),
     }

@@ -1,36 +1,73 @@
-"""What a run will take of a GPU's memory, said from the plan alone: no weights are read, and no GPU is needed.
+"""What a run will take of a GPU's and the host's memory, said from the plan alone: no weight is read, no GPU is needed.
 
-Counted are the weights, the gradients and moments of what is trained, what the layers keep for their backward, and the
-largest work that is done for a while, by the very numbers that `memory=auto` decides by. Libraries' own memory and what
-the allocator rounds up are not known here: `free` leaves room for them.
+Counted are the weights, the gradients and moments of what is trained, what the layers keep for their backward, the
+largest work that is done for a while, and the cache of keys and values where the model writes completions: by the very
+numbers that `memory` decides by. What the allocator rounds up is not known here: `free` leaves room for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from ftcore import host_memory
 from ftcore.catalog import installed
 from ftcore.config import Graphs, Memory
-from ftcore.memory import head_bytes, layers_that_choose, optimizer_bytes
-from ftcore.planner import GIVEN_AWAY, STAY
-from ftcore.specs import Plan, Recomputing
+from ftcore.memory import (
+    HOST_PART,
+    OFFLOADED,
+    head_bytes,
+    host_weights_of,
+    layers_that_choose,
+    micro_batch,
+    optimizer_bytes,
+    writes,
+)
+from ftcore.planner import GIVEN_AWAY, Planner
+from ftcore.specs import Passes, Plan, Recomputing
+from ftcore.store import Store, sizes, stored
 
 BITS = "bits_per_weight"
 """Function of a quantizer's module: from its config to the bits that a frozen weight takes, scales included."""
 CONTEXT = 2**29
 """Bytes left for what CUDA and the libraries take for themselves: an allowance, not a measurement."""
+WORKSPACES = 2**26
+"""Bytes of cuBLAS's workspaces: 32 MiB for each of two streams."""
+POOL = 0.05
+"""Part of what recorded layers keep that their memory takes besides, because its blocks are not all of one size."""
 STEP = 256
 """Tokens that a row's length is found to."""
 LONGEST = 2**23
 """Tokens of a row that nobody looks beyond."""
+ENDLESS = 2**62
 
 
 def free(gibibytes: float) -> int:
     """Bytes of a GPU of that size which a run may plan with."""
     return max(0, int(gibibytes * 2**30 * (1 - GIVEN_AWAY)) - CONTEXT)
+
+
+def host_free(plan: Plan, memory: Memory) -> int:
+    """Bytes of host memory for the inputs of layers: of `host_memory`, or of what this machine has."""
+    asked = plan.run.host_memory
+    there = host_memory.available() if asked is None else int(asked * 2**30)
+    return int((OFFLOADED if memory is Memory.offload else HOST_PART) * there)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the layers of a model work on a batch of one shape."""
+
+    levels: tuple[int, ...]
+    """What each keeps: an index of its `levels`."""
+    recorded: bool = False
+    """Whether their launches are recorded."""
+    tiled: bool = False
+    store: Store | None = None
+    """Where their inputs are; None keeps all of them on the GPU."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +77,17 @@ class Forecast:
     plan: Plan
     model: Any
     layers: Sequence[Recomputing]
+    passes: Passes
 
     @classmethod
     def of(cls, plan: Plan, model: Any) -> Forecast | str:
         """Or why there is none: what is not counted."""
         trainer, layers = plan.trainer, layers_that_choose(model)
-        if trainer is None or not trainer.tokenized or trainer.teacher:
-            return "counted are trainers of one sequence a row and one model"
+        passes = None if trainer is None else trainer.passes or (Passes() if trainer.tokenized else None)
+        if trainer is None or passes is None:
+            return "what this trainer makes of a row is not counted (its `TrainerSpec.passes` would say)"
+        if trainer.teacher:
+            return "what a teacher takes is not counted"
         if plan.family.vision is not None:
             return "what images take is not counted"
         if len(layers) != model.config.get_text_config().num_hidden_layers:
@@ -54,16 +95,53 @@ class Forecast:
         if plan.run.graphs is Graphs.auto:
             for before, layer in zip([None, *layers], layers, strict=False):
                 layer.follow(before)
-        return cls(plan, model, layers)
+        return cls(plan, model, layers, passes)
+
+    # ------------------------------------------------------------------------------------------------- the fixed part
 
     @cached_property
     def fixed(self) -> int:
         """Bytes of weights, gradients and the optimizer's moments, in 16-bit training on a GPU."""
+        return int(self._weights + self._of_trained(2 * self.trained_width + self.state_bytes))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's state for a trained weight."""
+        return optimizer_bytes(self.plan)
+
+    @cached_property
+    def bits(self) -> float:
+        """Of a frozen weight in the layers, scales included."""
         quantizer, wide = self.plan.run.quantizer, 4 if self._in_32_bits else 2
-        bits = 8 * wide
-        if quantizer is not None:
-            of_weight = getattr(installed().find("quantizer", quantizer.name).load(), BITS, None)
-            bits = of_weight(quantizer) if of_weight else bits
+        if quantizer is None:
+            return 8 * wide
+        of_weight = getattr(installed().find("quantizer", quantizer.name).load(), BITS, None)
+        return float(of_weight(quantizer)) if of_weight else 8 * wide
+
+    @cached_property
+    def dequantized(self) -> int:
+        """Bytes of a layer's weights in 16 bits, where they are made of 4 bits for a while.
+
+        The layers do not know: without weights they are plain.
+        """
+        if self.bits >= 8:
+            return 0
+        of_layers = (
+            sum(p.numel() for name, p in module.named_parameters() if p.ndim == 2 and "lora_" not in name)
+            for module in self.model.modules()
+            if hasattr(module, "ftcore_recompute")
+        )
+        return 2 * int(max(of_layers))
+
+    @property
+    def head_weights(self) -> int:
+        """Bytes of the head, tied to the embedding or not."""
+        return (4 if self._in_32_bits else 2) * int(self._text.vocab_size) * int(self._text.hidden_size)
+
+    @cached_property
+    def _weights(self) -> float:
+        """Of what is frozen, and of a reference model's own copy of what is trained."""
+        wide = 4 if self._in_32_bits else 2
         inside = {
             id(parameter)
             for module in self.model.modules()
@@ -71,48 +149,199 @@ class Forecast:
             for parameter in module.parameters()
             if parameter.ndim == 2
         }
-        # An adapter's matrices are in 32 bits; weights that are trained themselves are as the model is.
-        of_trained = 4 if hasattr(self.model, "peft_config") else wide
         total = 0.0
         for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                total += parameter.numel() * (2 * of_trained + optimizer_bytes(self.plan))
-            else:
-                total += parameter.numel() * (bits / 8 if id(parameter) in inside else wide)
-        return int(total)
+            if not parameter.requires_grad:
+                total += parameter.numel() * (self.bits / 8 if id(parameter) in inside else wide)
+        return total + self._reference
+
+    @property
+    def trained_width(self) -> int:
+        """Bytes of a trained weight: an adapter's matrices are in 32 bits, other weights as the model is."""
+        return 4 if self.adapted or self._in_32_bits else 2
+
+    @property
+    def adapted(self) -> bool:
+        """Whether an adapter is what is trained."""
+        return hasattr(self.model, "peft_config")
+
+    @cached_property
+    def trained(self) -> int:
+        """Weights that are trained."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def _of_trained(self, width: float) -> float:
+        return self.trained * width
+
+    @property
+    def _reference(self) -> int:
+        """Bytes of the copy that a reference model has of what is trained; without its adapter it needs none."""
+        trainer = self.plan.trainer
+        needed = trainer is not None and trainer.reference_model and self.passes.unlearnt > 0
+        starts_anew = self.adapted and getattr(self.plan.run.adapter, "path", None) is None
+        return int(self._of_trained(self.trained_width)) if needed and not starts_anew else 0
 
     @property
     def _in_32_bits(self) -> bool:
         assert self.plan.run.model is not None
         return self.plan.run.model.dtype == "float32"
 
-    def peak(self, memory: Memory, rows: int, length: int) -> int:
-        """Bytes of the GPU at the most, for a micro-batch of that many rows of so many tokens.
+    @cached_property
+    def leaving(self) -> tuple[int, int]:
+        """Bytes of the embedding and of the head that `offload` leaves in host memory."""
+        embedding = head = 0
+        for weights in host_weights_of(self.model):
+            wide = 4 if self._in_32_bits else 2
+            if (parameter := weights.embedding()) is not None:
+                embedding += wide * parameter.numel()
+            if (parameter := weights.head()) is not None and not writes(self.plan):
+                head += wide * parameter.numel()
+        return embedding, head
 
-        `auto` is as `off` here, which it is wherever that fits.
+    # -------------------------------------------------------------------------------------------------- a micro-batch
+
+    def layout(self, memory: Memory, rows: int, length: int, limit: int = ENDLESS) -> Layout:
+        """How the layers work on such a micro-batch, where the GPU has `limit` bytes.
+
+        :param rows: Rows of the data set; a row may be several sequences.
         """
-        levels = [layer.levels(rows, length) for layer in self.layers]
-        whole = memory in (Memory.off, Memory.auto)
-        kept = sum(of_layer[-1 if whole else 0].kept for of_layer in levels)
-        if memory is Memory.offload:
-            kept = sum(of_layer[0].kept for of_layer in levels[-STAY:])
-        work = max(layer.workspace(rows, length, not whole) for layer in self.layers)
-        head = head_bytes(self.model, rows, length)
-        recorded = whole and any(layer.recorded > rows * length for layer in self.layers)
-        # Recorded launches have memory of their own, which the head does not share.
-        return self.fixed + kept + (work + head if recorded else max(work, head))
+        rows *= self.passes.sequences
+        number = len(self.layers)
+        if memory is Memory.auto:
+            return self._planned(rows, length, limit)
+        if memory is Memory.off:
+            levels = tuple(len(layer.levels(rows, length)) - 1 for layer in self.layers)
+            return Layout(levels, any(layer.recorded > rows * length for layer in self.layers))
+        host = max(host_free(self.plan, memory) - self.left(memory), 0) if memory is Memory.offload else 0
+        room = limit - self._beside(memory, rows, length, tiled=True, recorded=False)
+        store = stored(self.layers, rows, length, room, host)
+        whole = not store.away and not store.made_again
+        return Layout((0,) * number, tiled=True, store=None if whole else store)
 
-    def host(self, rows: int, length: int) -> int:
-        """Bytes of host memory that `offload` takes for the layers' inputs."""
-        return sum(layer.levels(rows, length)[0].kept for layer in self.layers)
+    def _planned(self, rows: int, length: int, limit: int) -> Layout:
+        """By the planner itself."""
+        auto = Memory.auto
+
+        def budget(rows: int, length: int, made: int, recorded: bool, tiled: bool) -> int:
+            return limit - self._beside(auto, rows, length, tiled, recorded)
+
+        with _as_they_were(self.layers):
+            planner = Planner(self.layers, budget, lambda: host_free(self.plan, auto))
+            planner.attach()
+            levels = tuple(layer.choose(rows, length) for layer in self.layers if layer.choose is not None)
+            first = self.layers[0]
+            recorded, tiled = first.may_record and first.recorded > rows * length, first.tiled
+        return Layout(levels, recorded, tiled, planner.store)
+
+    def _beside(self, memory: Memory, rows: int, length: int, tiled: bool, recorded: bool) -> int:
+        """Bytes of everything but what the layers keep, for so many sequences."""
+        work = max(layer.workspace(rows, length, tiled) for layer in self.layers) + self.dequantized
+        head = head_bytes(self.model, rows, length)
+        if self.passes.logprobs:
+            # The final norm's output is kept for the logits that the backward computes again.
+            head += 2 * rows * length * int(self._text.hidden_size)
+        gone = 0
+        if memory is Memory.offload:
+            gone, fetched = sum(self.leaving), self.leaving[1]
+            head += fetched
+        recorded = recorded and any(layer.recorded > rows * length for layer in self.layers)
+        # Recorded launches have memory of their own, which the head does not share.
+        return self.fixed - gone + WORKSPACES + (work + head if recorded else max(work, head))
+
+    def kept(self, layout: Layout, rows: int, length: int) -> int:
+        """Bytes of the GPU that the layers keep, for so many sequences."""
+        size, beside = sizes(self.layers, rows, length)
+        store = layout.store
+        if store is not None and store.made_again:
+            return store.gpu_bytes(size, beside)
+        kept = sum(
+            layer.levels(rows, length)[level].kept for layer, level in zip(self.layers, layout.levels, strict=True)
+        )
+        away = 0 if store is None else (len(self.layers) - store.held) * size
+        return int((kept - away) * (1 + POOL if layout.recorded else 1))
+
+    def peak(self, memory: Memory, rows: int, length: int, limit: int = ENDLESS) -> int:
+        """Bytes of the GPU at the most, for a micro-batch of that many rows of so many tokens."""
+        layout, sequences = self.layout(memory, rows, length, limit), rows * self.passes.sequences
+        training = self.kept(layout, sequences, length) + self._beside(
+            memory, sequences, length, layout.tiled, layout.recorded
+        )
+        return max(training, self.writing(memory, 1, length))
+
+    def host(self, memory: Memory, rows: int, length: int, limit: int = ENDLESS) -> int:
+        """Bytes of host memory for inputs of layers, and for the weights that `offload` leaves there."""
+        store = self.layout(memory, rows, length, limit).store
+        inputs = 0 if store is None else store.host_bytes(sizes(self.layers, rows * self.passes.sequences, length)[0])
+        return inputs + self.left(memory)
+
+    def left(self, memory: Memory) -> int:
+        """Bytes of weights in host memory."""
+        return sum(self.leaving) if memory is Memory.offload else 0
+
+    # ---------------------------------------------------------------------------------------------------- completions
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of keys and values of one token of one row, in all layers."""
+        text = self._text
+        heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+        dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+        return 2 * heads * dim * len(self.layers) * (4 if self._in_32_bits else 2)
+
+    def writing(self, memory: Memory, rows: int, length: int) -> int:
+        """Bytes of the GPU while so many completions are written at once; 0 where none is.
+
+        There are no gradients then. The generator takes fewer rows where the memory is short: one has to fit.
+        """
+        if not self.passes.written:
+            return 0
+        gone = self.leaving[0] if memory is Memory.offload else 0
+        there = self.fixed - int(self._of_trained(self.trained_width)) - gone + WORKSPACES
+        return there + rows * length * self.row_bytes + 6 * rows * int(self._text.vocab_size)
+
+    # -------------------------------------------------------------------------------------------------------- answers
 
     def longest(self, memory: Memory, limit: int) -> int:
         """Tokens of the longest single row that fits so many bytes, in steps of `STEP`; 0 if none does."""
-        return STEP * _largest(lambda count: self.peak(memory, 1, STEP * count) <= limit, LONGEST // STEP)
+        return STEP * _largest(lambda count: self.peak(memory, 1, STEP * count, limit) <= limit, LONGEST // STEP)
 
     def most_rows(self, memory: Memory, length: int, limit: int) -> int:
         """Rows of that length in a micro-batch that fits."""
-        return _largest(lambda count: self.peak(memory, count, length) <= limit, LONGEST // STEP)
+        return _largest(lambda count: self.peak(memory, count, length, limit) <= limit, LONGEST // STEP)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch of the plan."""
+        return micro_batch(self.plan)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row of the plan."""
+        assert self.plan.run.trainer is not None
+        return max(self.plan.run.trainer.max_length, self.passes.written)
+
+    def instead(self, **trainer: Any) -> Forecast:
+        """The forecast with other settings of the trainer."""
+        assert self.plan.run.trainer is not None
+        run = replace(self.plan.run, trainer=replace(self.plan.run.trainer, **trainer))
+        return replace(self, plan=replace(self.plan, run=run))
+
+    @property
+    def _text(self) -> Any:
+        return self.model.config.get_text_config()
+
+
+@contextmanager
+def _as_they_were(layers: Sequence[Recomputing]) -> Iterator[None]:
+    """What layers are told meanwhile is forgotten."""
+    names = ("choose", "may_record", "away", "inside", "tiled")
+    before = [[getattr(layer, name) for name in names] for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, values in zip(layers, before, strict=True):
+            for name, value in zip(names, values, strict=True):
+                setattr(layer, name, value)
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

@@ -166,7 +166,7 @@ def ftcore_callbacks(plan: Plan) -> Sequence[TrainerCallback]:
 
 @first
 def ftcore_make_generator(plan: Plan, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Generator | None:
-    """Make the generator that writes completions for reinforcement learning. Answered by generator plugins."""
+    """Make the generator that writes text: completions to learn from, and answers. Answered by generator plugins."""
 
 
 @first

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ftcore.config import Graphs, Memory, Optimizer
-from ftcore.planner import GIVEN_AWAY, Planner
-from ftcore.specs import Plan, Recomputing
+from ftcore.host_memory import available
+from ftcore.planner import GIVEN_AWAY, Lean, Planner
+from ftcore.report import note
+from ftcore.specs import Leaving, Plan, Recomputing
+from ftcore.store import Store
 
 RESERVE = 0.8
 """Part of the free memory that activations of transformers' own layers may fill: their count is an estimate."""
@@ -20,7 +25,7 @@ HEAD = 3 * 2**28
 
 
 LEAN = (Memory.least, Memory.offload)
-"""Every layer keeps its input only, and works in tiles of rows."""
+"""Every layer keeps its input only, or not even that, and works in tiles of rows."""
 
 
 def apply(plan: Plan, model: Any) -> bool:
@@ -29,14 +34,16 @@ def apply(plan: Plan, model: Any) -> bool:
     Layers whose kernel recomputes by itself are told how much to keep; the others are checkpointed whole, if at all.
     """
     chosen = layers_that_choose(model)
-    mode = plan.run.memory
+    mode = model.ftcore_memory = plan.run.memory
+    on_gpu = plan.device.kind == "cuda"
     if chosen and mode in LEAN:
-        for layer in chosen:
-            layer.choose, layer.may_record, layer.away = _least, False, mode is Memory.offload
-            layer.tiled = True
-        chosen[-1].choose = _least_of_last(model, chosen[-1])
-    elif chosen and mode is Memory.auto and plan.device.kind == "cuda":
-        Planner(chosen, room(plan, model, chosen), host_room).attach()
+        free = room(plan, model, chosen) if on_gpu else _all_there_is
+        host = functools.cache(partial(host_room, OFFLOADED)) if mode is Memory.offload else _none
+        Lean(chosen, free, host, _say, last=_least_of_last(model, chosen[-1])).attach()
+        if mode is Memory.offload and plan.device.kind == "cuda":
+            leave_in_host_memory(plan, model)
+    elif chosen and mode is Memory.auto and on_gpu:
+        Planner(chosen, room(plan, model, chosen), functools.cache(host_room), _say).attach()
     if plan.device.kind == "cuda" and plan.run.graphs is Graphs.auto:
         for before, layer in zip([None, *chosen], chosen, strict=False):
             layer.follow(before)
@@ -50,13 +57,56 @@ def apply(plan: Plan, model: Any) -> bool:
     return recompute
 
 
+def leave_in_host_memory(plan: Plan, model: Any) -> int:
+    """Move the frozen embedding and head off the GPU, where kernels can work with that; returns their bytes.
+
+    The head stays where a run writes completions: every token would fetch it.
+    """
+    import torch
+
+    left = 0
+    for weights in host_weights_of(model):
+        head = weights.head()
+        left += weights.leave(head=not writes(plan))
+        if head is not None and weights.head() is None:
+            model.ftcore_fetched = head.numel() * head.element_size()
+    if left and plan.device.kind == "cuda":
+        torch.cuda.empty_cache()
+    return left
+
+
+def host_weights_of(model: Any) -> list[Leaving]:
+    """What the kernels of heads left on the models that they are in."""
+    # Not `hasattr`: PEFT's wrappers answer for the model inside them.
+    return [module.ftcore_host_weights for module in model.modules() if "ftcore_host_weights" in vars(module)]
+
+
+def writes(plan: Plan) -> bool:
+    """Whether the trainer learns from what the model writes."""
+    trainer = plan.trainer
+    return trainer is not None and bool(trainer.wants_rewards or (trainer.passes and trainer.passes.written))
+
+
 def layers_that_choose(model: Any) -> list[Recomputing]:
     """What the kernels of whole layers left on their modules, in the model's order."""
     return [module.ftcore_recompute for module in model.modules() if hasattr(module, "ftcore_recompute")]
 
 
-def _least(rows: int, length: int) -> int:
+def _all_there_is(*_: object) -> int:
+    return 2**62
+
+
+def _none() -> int:
     return 0
+
+
+def _say(rows: int, length: int, store: Store) -> None:
+    kept = len(store.starts)
+    where = f"{store.away} in host memory" if store.away else "on the GPU"
+    note(
+        f"memory: of {rows} x {length:,} tokens the inputs of {kept} of {store.layers} layers are kept ({where}); "
+        "those of the others are made again in the backward"
+    )
 
 
 def _least_of_last(model: Any, layer: Recomputing) -> Callable[[int, int], int]:
@@ -71,9 +121,16 @@ def _least_of_last(model: Any, layer: Recomputing) -> Callable[[int, int], int]:
 
 
 def head_bytes(model: Any, rows: int, length: int) -> int:
-    """Bytes that the fused head needs for a while: a chunk of logits and its gradient, and the rows' gradients."""
+    """Bytes that the fused head needs for a while: a chunk of logits and its gradient, and the rows' gradients.
+
+    And its weights, where they are on the GPU only then.
+    """
     text = model.config.get_text_config()
-    return min(HEAD, 6 * rows * length * int(text.vocab_size)) + 6 * rows * length * int(text.hidden_size)
+    return (
+        getattr(model, "ftcore_fetched", 0)
+        + min(HEAD, 6 * rows * length * int(text.vocab_size))
+        + 6 * rows * length * int(text.hidden_size)
+    )
 
 
 def _number_of_layers(model: Any) -> int:
@@ -116,7 +173,10 @@ def budget(
     import torch
 
     allocated = torch.cuda.memory_allocated()
-    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - allocated
+    there, total = torch.cuda.mem_get_info()
+    free = there + torch.cuda.memory_reserved() - allocated
+    if torch.cuda.is_available():  # what torch lets this process have
+        free = min(free, int(torch.cuda.memory.get_per_process_memory_fraction() * total) - allocated)
     if limit is not None:
         free = min(free, int(limit * 2**30) - allocated)
     needs = head_bytes(model, rows, length), max(layer.workspace(rows, length, tiled) for layer in layers)
@@ -130,12 +190,13 @@ def budget(
 HOST_PART = 0.5
 """Part of the host's available memory that inputs of layers may fill: what is locked for a GPU cannot be swapped."""
 
+OFFLOADED = 0.9
+"""The same where it was asked for."""
 
-def host_room() -> int:
-    """Bytes of host memory that inputs of layers may fill."""
-    import psutil
 
-    return int(HOST_PART * psutil.virtual_memory().available)
+def host_room(part: float = HOST_PART) -> int:
+    """Bytes of host memory that inputs of layers may fill, before any do."""
+    return int(part * available())
 
 
 def _allocated() -> int:
@@ -180,6 +241,6 @@ def micro_batch(plan: Plan) -> int:
     """Rows per forward pass."""
     assert plan.run.trainer is not None
     trainer = plan.run.trainer
-    if trainer.micro_batch:
+    if trainer.micro_batch > 0:
         return trainer.micro_batch
     return next(n for n in range(min(8, trainer.global_batch), 0, -1) if trainer.global_batch % n == 0)

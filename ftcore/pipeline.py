@@ -38,7 +38,15 @@ def prepare(config: RunConfig, plugins: Sequence[object] = ()) -> tuple[Hooks, P
         hooks = _hooks(config, plugins)
     plan = hooks.first(h.ftcore_make_plan, config=config, device=Device())
     refuse([*hooks.collect(h.ftcore_check_plan, plan=plan), *_no_reward(plan, hooks)])
-    return hooks, plan
+    return hooks, _with_rows(hooks, plan)
+
+
+def _with_rows(hooks: Hooks, plan: Plan) -> Plan:
+    if plan.run.trainer is None or plan.run.trainer.micro_batch >= 0:
+        return plan
+    from ftcore.batch import decided
+
+    return decided(hooks, plan)
 
 
 def load(hooks: Hooks, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = None) -> Loaded:
@@ -61,7 +69,7 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
 
     Raises Refused before any weight is read when something is wrong.
     """
-    from ftcore.answers import answers_to
+    from ftcore.answers import Answers
     from ftcore.record import RunFolder, Stopwatch, claimed
 
     watch = Stopwatch()
@@ -85,12 +93,13 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         watch.lap("load")
 
         prompts = plan.run.prompts or (list(plan.format.sample_prompts) if _on_sample(plan) and plan.format else [])
-        before = answers_to(prompts, model, tokenizer, plan.run.sampling, continues)
+        generator = hooks.maybe(h.ftcore_make_generator, plan=plan, model=model, tokenizer=tokenizer)
+        answers = Answers(generator, model, tokenizer, plan.run.sampling)
+        before = answers.to(prompts, continues)
         watch.lap("answers_before")
 
         rewards = guarded(hooks.collect(h.ftcore_rewards, plan=plan), plan.run.scoring)
         callbacks = [*counted(rewards), *hooks.collect(h.ftcore_callbacks, plan=plan)]
-        generator = hooks.maybe(h.ftcore_make_generator, plan=plan, model=model, tokenizer=tokenizer)
         optimizer = hooks.maybe(h.ftcore_make_optimizer, plan=plan, model=model)
         trainer = hooks.first(
             h.ftcore_make_trainer,
@@ -108,7 +117,9 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         watch.lap("train")
         metrics = {**trained.metrics, **hooks.first(h.ftcore_evaluate, plan=plan, trainer=trainer)}
         watch.lap("evaluate")
-        after = answers_to(prompts, model, tokenizer, plan.run.sampling, continues)
+        if generator is not None:
+            generator.weights_changed()
+        after = answers.to(prompts, continues)
         watch.lap("answers_after")
 
         folder.save_trained(loaded)

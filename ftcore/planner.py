@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ftcore.specs import Level, Recomputing
+from ftcore.store import STAY, Store, stored
+
+__all__ = ["GIVEN_AWAY", "STAY", "Lean", "Planner", "assign"]
 
 GIVEN_AWAY = 0.04
 """Part of the free memory that is left alone: the allocator's blocks are not all of one size."""
-
-
-STAY = 3
-"""Inputs of layers that are on the GPU although they wait in host memory: on their way, or not gone yet."""
 
 
 class _Plan(NamedTuple):
@@ -21,10 +20,10 @@ class _Plan(NamedTuple):
     """Of every layer."""
     record: bool
     """Whether launches may be recorded."""
-    away: bool = False
-    """Whether inputs wait in host memory."""
     tiled: bool = False
     """Whether layers work in tiles of rows."""
+    store: Store | None = None
+    """What becomes of the layers' inputs; None keeps all of them on the GPU."""
 
 
 @dataclass
@@ -40,24 +39,41 @@ class Planner:
     tiles, to the bytes that activations may fill."""
     host: Callable[[], int] = lambda: 0
     """Bytes of host memory that inputs of layers may fill."""
+    say: Callable[[int, int, Store], None] = lambda rows, length, store: None
+    """Told of every new store in which inputs are made again."""
     _plans: dict[tuple[int, int], list[_Plan]] = field(default_factory=dict)
     _now: _Plan = field(default_factory=lambda: _Plan([], False))
+    _said: set[Store] = field(default_factory=set)
 
     def attach(self) -> None:
         """Make every layer ask this planner."""
         for index, layer in enumerate(self.layers):
             layer.choose = self._chooser(index)
 
+    @property
+    def store(self) -> Store | None:
+        """Where the inputs are of the batch that was planned last; None keeps all of them on the GPU."""
+        return self._now.store
+
     def _chooser(self, index: int) -> Callable[[int, int], int]:
         def choose(rows: int, length: int) -> int:
             if index == 0:
                 self._now = self._plan(rows, length)
-                for layer in self.layers:
-                    layer.may_record, layer.away = self._now.record, self._now.away
-                    layer.tiled = self._now.tiled
+                self._tell()
             return self._now.levels[index]
 
         return choose
+
+    def _tell(self) -> None:
+        plan, store = self._now, self._now.store
+        for layer in self.layers:
+            layer.may_record, layer.tiled = plan.record, plan.tiled
+            layer.away = layer.inside = False
+        if store is not None:
+            for layer in self.layers:
+                layer.inside = True
+            for place, start in enumerate(store.starts):
+                self.layers[start].inside, self.layers[start].away = False, place < store.away
 
     def _plan(self, rows: int, length: int) -> _Plan:
         plans = self._plans.setdefault((rows, length), [])
@@ -66,6 +82,10 @@ class Planner:
             plans.append(plans[0])
         elif len(plans) < 3:
             plans.append(self._made(rows, length, len(plans)))
+            store = plans[-1].store
+            if store is not None and store.made_again and store not in self._said:
+                self._said.add(store)
+                self.say(rows, length, store)
         return plans[-1]
 
     def _made(self, rows: int, length: int, before: int) -> _Plan:
@@ -80,14 +100,42 @@ class Planner:
         # Tiles cost next to nothing: before anything is computed again.
         free = self.budget(rows, length, before, False, True)
         away = 0 if whole <= free else self._moved(rows, length)
-        return _Plan(assign(levels, free + away), False, away > 0, True)
+        if sum(of_layer[0].kept for of_layer in levels) > free + away:
+            return _least(self.layers, rows, length, free, self.host())
+        number = len(self.layers)
+        return _Plan(assign(levels, free + away), False, True, Store.of(number, number, number) if away else None)
 
     def _moved(self, rows: int, length: int) -> int:
         """Bytes of GPU memory that it frees to let inputs wait in host memory, if that has room for them."""
         moved = [layer.moved(rows, length) for layer in self.layers]
-        if not all(moved) or sum(moved) > self.host():
-            return 0
-        return sum(moved[:-STAY])
+        bytes_away = sum(moved[:-STAY])
+        return bytes_away if all(moved) and bytes_away <= self.host() else 0
+
+
+@dataclass
+class Lean(Planner):
+    """Has every layer keep its input only, if that, and work in tiles of rows."""
+
+    last: Callable[[int, int], int] = lambda rows, length: 0
+    """The last layer's level: what it may keep besides at no cost."""
+
+    def attach(self) -> None:
+        """As the planner's; before the first batch nothing is recorded either."""
+        super().attach()
+        self._now = _Plan([0] * len(self.layers), False, True)
+        self._tell()
+
+    def _made(self, rows: int, length: int, before: int) -> _Plan:
+        free = self.budget(rows, length, before, False, True)
+        plan = _least(self.layers, rows, length, free, self.host())
+        plan.levels[-1] = self.last(rows, length)
+        return plan
+
+
+def _least(layers: Sequence[Recomputing], rows: int, length: int, gpu: int, host: int) -> _Plan:
+    """Every layer keeps its input only, or nothing where not all inputs fit so many bytes."""
+    store = stored(layers, rows, length, gpu, host)
+    return _Plan([0] * len(layers), False, True, store if store.away or store.made_again else None)
 
 
 def assign(levels: Sequence[Sequence[Level]], budget: int) -> list[int]:

@@ -13,7 +13,6 @@ from ftcore.specs import Plan
 
 ABOVE_0 = ("learning_rate", "loraplus_ratio", "global_batch", "max_length", "logging_steps")
 FROM_0 = (
-    "micro_batch",
     "weight_decay",
     "warmup",
     "max_grad_norm",
@@ -85,6 +84,9 @@ def check_numbers(plan: Plan) -> Iterator[Problem]:
         value = getattr(trainer, key)
         if 1 < value < math.inf and value != int(value):
             yield Problem(f"trainer.{key}", f"is {value}", "give a whole number of steps, or a part of the run below 1")
+    if trainer.micro_batch < -1:
+        fix = "give a number of rows, 0 for the global batch up to 8, or -1 to leave it to the forecast"
+        yield Problem("trainer.micro_batch", f"is {trainer.micro_batch}", fix)
     if trainer.micro_batch > 0 and trainer.global_batch > 0 and trainer.global_batch % trainer.micro_batch:
         divisors = [str(n) for n in range(1, trainer.global_batch + 1) if trainer.global_batch % n == 0]
         message = f"{trainer.micro_batch} does not divide trainer.global_batch={trainer.global_batch}"

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ftcore import checkpoint, drift, rewards, rope, vocabulary
+from ftcore.cards import called, cards
 from ftcore.catalog import installed
 from ftcore.defaults.check_data import check_evaluation, check_rows, check_sources
 from ftcore.defaults.check_trainer import check_arguments, check_numbers
@@ -29,6 +30,7 @@ def ftcore_check_plan(plan: Plan) -> Sequence[Problem]:
         *requirements(plan),
         *_selection(plan),
         *_combinations(plan),
+        *_asked_about(plan),
         *_limits(plan),
         *check_arguments(plan),
         *check_numbers(plan),
@@ -113,8 +115,6 @@ def _combinations(plan: Plan) -> Iterator[Problem]:
     if run.memory.value == "offload" and plan.device.kind != "cuda":
         message = "`offload` moves layer inputs from a GPU to host memory, and there is no GPU"
         yield Problem("memory", message, "use memory=least for the smallest footprint")
-    if run.gpu_memory is not None and run.gpu_memory <= 0:
-        yield Problem("gpu_memory", f"is {run.gpu_memory:g}", "give the GiB of a GPU, such as 24, or leave it out")
     if run.memory_limit is not None and run.memory_limit <= 0:
         yield Problem("memory_limit", f"is {run.memory_limit:g}", "give GiB, such as 20, or leave it out")
     elif run.memory_limit is not None and run.memory.value != "auto":
@@ -122,6 +122,17 @@ def _combinations(plan: Plan) -> Iterator[Problem]:
         yield Problem("memory_limit", message, "leave one of the two out")
     if run.model:
         yield from vocabulary.problems(run.model.new_tokens)
+
+
+def _asked_about(plan: Plan) -> Iterator[Problem]:
+    """The GPU and the host that a forecast is asked for."""
+    run = plan.run
+    if run.gpu_memory is not None and run.gpu_memory <= 0:
+        yield Problem("gpu_memory", f"is {run.gpu_memory:g}", "give the GiB of a GPU, such as 24, or leave it out")
+    if run.host_memory is not None and run.host_memory < 0:
+        yield Problem("host_memory", f"is {run.host_memory:g}", "give the GiB of the host, such as 64, or leave it out")
+    if run.gpu is not None and called(run.gpu) is None:
+        yield Problem("gpu", f"no figures of a GPU called '{run.gpu}' are known", f"known: {', '.join(cards())}")
 
 
 def _limits(plan: Plan) -> Iterator[Problem]:

@@ -19,12 +19,13 @@ from ftcore.guards.events import record, recorded, run_folder
 from ftcore.guards.non_finite import SkipsNonFinite
 from ftcore.guards.parts import rows_of, sliced, spans
 from ftcore.guards.steps import copied
+from ftcore.host_memory import NoHostMemory
+from ftcore.remedy import remedy
 from ftcore.report import note
 from ftcore.training_checkpoint.trainer import random_state, set_random_state
 
 RETRIES = 3
 EVENT = "out_of_memory"
-FIX = "set memory=least, or lower trainer.micro_batch or trainer.max_length"
 _HOST = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -94,7 +95,7 @@ class FitsMemory(SkipsNonFinite):
         """The pass of the newest micro-batch; after an error that of all of the step, in smaller parts."""
         first = len(self._done) - 1
         for retry in range(RETRIES + 1):
-            error = ""
+            error, of_host = "", False
             try:
                 for number in range(first, len(self._done)):
                     loss = self._in_parts(model, number, items)
@@ -102,13 +103,13 @@ class FitsMemory(SkipsNonFinite):
             except RuntimeError as raised:
                 if not is_out_of_memory(raised):
                     raise
-                error = str(raised).splitlines()[0]
+                error, of_host = str(raised).splitlines()[0], isinstance(raised, NoHostMemory)
             # Past the `except`: its traceback held the activations.
-            self._make_room(retry, error)
+            self._make_room(retry, error, of_host)
             first = 0
         raise AssertionError("unreachable")
 
-    def _make_room(self, retry: int, error: str) -> None:
+    def _make_room(self, retry: int, error: str, of_host: bool) -> None:
         """Halve the rows of a pass, and go back to the beginning of the step. Raises NoMemory if that is no use."""
         newest = self._done[-1]
         rows = min(self._rows_in(len(self._done) - 1), self._rows_at_once or 1 << 60)
@@ -118,11 +119,11 @@ class FitsMemory(SkipsNonFinite):
         elif not why and not self.prepares and not self._are_known(len(self._done) - 1):
             why = "its rows come from a stream"
         if why:
-            raise NoMemory(f"out of memory: {error}\n    the micro-batch cannot be cut, for {why}\n    fix: {FIX}")
+            raise self._none(f"out of memory: {error}\n    the micro-batch cannot be cut, for {why}", of_host)
         if rows <= 1:
-            raise NoMemory(f"out of memory with one row at a time: {error}\n    fix: {FIX}")
+            raise self._none(f"out of memory with one row at a time: {error}", of_host)
         if retry >= RETRIES:
-            raise NoMemory(f"out of memory with {rows} rows at a time, the {retry + 1}th time: {error}\n    fix: {FIX}")
+            raise self._none(f"out of memory with {rows} rows at a time, the {retry + 1}th time: {error}", of_host)
         self._drop_gradients()
         gc.collect()
         if torch.cuda.is_available():
@@ -135,6 +136,15 @@ class FitsMemory(SkipsNonFinite):
             f"step {step}: out of memory with {rows} rows at a time; going on with {self._rows_at_once}: the same "
             f"batch and loss, computed in more parts (trainer.micro_batch={self._rows_at_once} spares the attempt)"
         )
+
+    def _none(self, said: str, of_host: bool) -> NoMemory:
+        """The error, with what to set instead."""
+        optimizer: Any = self.optimizer  # none before training
+        if optimizer is not None:
+            self._drop_gradients()
+        gc.collect()
+        state = 0 if optimizer is not None and optimizer.state else 8
+        return NoMemory(f"{said}\n    fix: {remedy(self.model, state, of_host)}")
 
     def _rows_in(self, number: int) -> int:
         """Rows of a micro-batch of this step."""
@@ -190,16 +200,16 @@ class FitsMemory(SkipsNonFinite):
         """As the trainer's own; after an out-of-memory error once more from its beginning, with half the rows."""
         random = random_state()
         for retry in range(RETRIES + 1):
-            error = ""
+            error, of_host = "", False
             try:
                 return super().evaluate(*args, **kwargs)  # type: ignore[misc]
             except RuntimeError as raised:
                 rows = self.args.per_device_eval_batch_size
                 if not self.guarded or not is_out_of_memory(raised):
                     raise
-                error = str(raised).splitlines()[0]
+                error, of_host = str(raised).splitlines()[0], isinstance(raised, NoHostMemory)
             if rows <= 1 or retry >= RETRIES or self.prepares or self.accelerator.num_processes > 1:
-                raise NoMemory(f"out of memory while evaluating, {rows} rows at a time: {error}\n    fix: {FIX}")
+                raise self._none(f"out of memory while evaluating, {rows} rows at a time: {error}", of_host)
             self.args.per_device_eval_batch_size = (rows + 1) // 2
             self.forget_evaluation()
             gc.collect()
@@ -219,4 +229,4 @@ class FitsMemory(SkipsNonFinite):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory was short, of a device or of the host."""
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _HOST)
+    return isinstance(error, torch.OutOfMemoryError | NoHostMemory) or any(text in str(error) for text in _HOST)

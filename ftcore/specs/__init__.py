@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ftcore.specs.data import DataFormat, Shape
 from ftcore.specs.family import Bundle, Chat, Limit, ModelFamily, Vision
-from ftcore.specs.kernels import Claim, Kernel, Level, PatchReport, Phase, Recomputing, Requirement, Role, Skip
+from ftcore.specs.kernels import Claim, Kernel, Leaving, Level, PatchReport, Phase, Recomputing, Requirement, Role, Skip
 from ftcore.specs.plan import Plan, PluginInfo
 from ftcore.specs.results import Answer, Artifact, Loaded, RunResult
-from ftcore.specs.training import Completions, Generator, Reward, Sampling, TrainerSpec, TrainReport
+from ftcore.specs.training import Completions, Generator, Passes, Reward, Sampling, Streaming, TrainerSpec, TrainReport
 
 __all__ = [
     "Answer",
@@ -19,10 +19,12 @@ __all__ = [
     "DataFormat",
     "Generator",
     "Kernel",
+    "Leaving",
     "Level",
     "Limit",
     "Loaded",
     "ModelFamily",
+    "Passes",
     "PatchReport",
     "Phase",
     "Plan",
@@ -35,6 +37,7 @@ __all__ = [
     "Sampling",
     "Shape",
     "Skip",
+    "Streaming",
     "TrainReport",
     "TrainerSpec",
     "Vision",

@@ -89,6 +89,8 @@ class Recomputing(Protocol):
     """Whether launches may be recorded, which takes memory of its own."""
     away: bool
     """Whether the input, which every level keeps, waits in host memory for the backward."""
+    inside: bool
+    """Whether not even the input is kept, where it is the output of a module like this: that makes it again."""
     tiled: bool
     """Whether it works in tiles of rows where there are many, which takes less memory for a while."""
 
@@ -101,8 +103,12 @@ class Recomputing(Protocol):
         """The choices for a batch, the one that keeps least first, the one that keeps everything last."""
         ...
 
+    def input_bytes(self, rows: int, length: int) -> int:
+        """Bytes of a level that `away` takes off the GPU."""
+        ...
+
     def moved(self, rows: int, length: int) -> int:
-        """Bytes of a level that `away` takes off the GPU; 0 where the copies would keep it waiting."""
+        """The same; 0 where the copies would keep the GPU waiting."""
         ...
 
     def workspace(self, rows: int, length: int, tiled: bool = False) -> int:
@@ -111,6 +117,22 @@ class Recomputing(Protocol):
 
     def follow(self, before: Any) -> None:
         """Record the launches of small batches on a GPU; `before` is the one before this in the model, or None."""
+        ...
+
+
+class Leaving(Protocol):
+    """What a module carries as `ftcore_host_weights` whose frozen embedding and head may wait in host memory."""
+
+    def embedding(self) -> Any | None:
+        """The input embedding's parameter, where it may leave the GPU for good: lookups reach it where it is."""
+        ...
+
+    def head(self) -> Any | None:
+        """The head's, where it may: it is on the GPU only while the head works."""
+        ...
+
+    def leave(self, head: bool = True) -> int:
+        """Move both, or the embedding alone, out of the GPU. Returns the bytes that left."""
         ...
 
 

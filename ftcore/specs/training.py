@@ -4,10 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from ftcore.specs.family import ModelFamily
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passes:
+    """What becomes of one row of a micro-batch, for the forecast of memory and time. The default is SFT's row."""
+
+    sequences: int = 1
+    """Sequences that one forward with its backward reads: 2 where a row is a pair of answers."""
+    unlearnt: float = 0.0
+    """Sequences that are read without a backward besides, such as those of a reference model."""
+    written: int = 0
+    """Tokens at the end of a sequence that the model writes itself before it learns from them."""
+    times: int = 1
+    """How often it learns from what was written, or read without a backward, once."""
+    least_rows: int = 1
+    """Rows that a micro-batch has at least, where the loss compares them."""
+    logprobs: bool = False
+    """Whether the loss is one of log-probabilities, whose backward computes the logits again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +56,9 @@ class TrainerSpec:
     """Values of the model's config that the head needs, such as `id2label`."""
     measures: tuple[str, ...] = ()
     """What is measured on held-out rows besides the loss: `accuracy` is logged as `eval_accuracy`."""
+    passes: Passes | None = None
+    """What a row of a micro-batch costs; None leaves the run out of the forecast, but for a `tokenized` trainer of one
+    model, whose row is one sequence."""
 
     def headed(self, family: ModelFamily) -> ModelFamily:
         """The family with the head that this trainer trains."""
@@ -68,7 +89,7 @@ class Completions:
 
 
 class Generator(Protocol):
-    """Who writes completions for reinforcement learning."""
+    """Who writes text: completions to learn from, and answers to people."""
 
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
         """Complete each prompt once. Prompts of a group are given once per wanted completion."""
@@ -84,6 +105,19 @@ class Generator(Protocol):
 
     def weights_changed(self) -> None:
         """Called after each optimizer step."""
+        ...
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """A generator that shows a completion while it writes it. Those that cannot are shown as a whole."""
+
+    def stream(self, prompt_ids: Sequence[int], sampling: Sampling, show: Callable[[list[int]], None]) -> list[int]:
+        """Complete one prompt, as `generate` would, and return all token ids.
+
+        :param show: Called in between with the ids that are new, each once and in order. What it raises ends the
+            completion and comes through; the generator can write on afterwards.
+        """
         ...
 
 

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from ftcore.answers import answer
+from ftcore import hooks as h
+from ftcore import pipeline
+from ftcore.answers import Answers
 from ftcore.config import RunConfig, SamplingConfig
 from ftcore.errors import Problem, Refused
 from ftcore.llama_cpp.chat import Full, GgufChat
-from ftcore.report import note, paragraph
+from ftcore.report import note
+from ftcore.signals import numbers
 from ftcore.tasks._config import config_of
-from ftcore.tasks._trained import load_trained
+from ftcore.tasks._trained import prepared
 
 OF_SOUND = ("AutoModelForSpeechSeq2Seq", "AutoModelForTextToWaveform")
 """Models that generate, but take or give recordings."""
 
-Answering = Callable[[Sequence[dict[str, str]]], str]
+Show = Callable[[str], None]
+Answering = Callable[[Sequence[dict[str, str]], Show], object]
+"""Shows the next message of a conversation, piece by piece."""
+
+
+class Enough(Exception):
+    """The person has read enough of this answer."""
 
 
 def main(argv: list[str]) -> int:
@@ -27,12 +38,16 @@ def main(argv: list[str]) -> int:
     config = config_of(argv)
     if config.gguf is not None:
         return _talk_with_file(config)
-    loaded = load_trained(replace(config, export={}))
+    hooks, plan = prepared(replace(config, export={}))
+    loaded = pipeline.load(hooks, plan)
     writes = getattr(loaded.model, "can_generate", None)
-    if (writes is not None and not writes()) or loaded.plan.family.auto_class in OF_SOUND:
-        message = f"{loaded.plan.family.auto_class} writes no text"
+    if (writes is not None and not writes()) or plan.family.auto_class in OF_SOUND:
+        message = f"{plan.family.auto_class} writes no text"
         raise Refused(Problem("run", message, "use the trained folder with transformers' pipeline"))
-    return _talk(lambda messages: answer(messages, loaded.model, loaded.tokenizer, config.sampling), config.sampling)
+    generator = hooks.maybe(h.ftcore_make_generator, plan=plan, model=loaded.model, tokenizer=loaded.tokenizer)
+    answers = Answers(generator, loaded.model, loaded.tokenizer, config.sampling)
+    with answers.writing():
+        return _talk(answers.next, config.sampling)
 
 
 def _keep_one(argv: list[str]) -> None:
@@ -47,7 +62,7 @@ def _talk_with_file(config: RunConfig) -> int:
     assert config.gguf is not None
     partner = GgufChat(config.gguf, config.sampling)
     try:
-        return _talk(partner.answer, config.sampling)
+        return _talk(lambda messages, show: show(partner.answer(messages)), config.sampling)
     finally:
         partner.close()
 
@@ -59,7 +74,7 @@ def _talk(answering: Answering, sampling: SamplingConfig) -> int:
         sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 spoils its letter, not the conversation
     on_terminal = sys.stdin.isatty()
     if on_terminal:
-        note("Write a message; an empty line starts a new conversation, Ctrl-D ends.")
+        note("Write a message; an empty line starts a new conversation, Ctrl-C ends an answer, Ctrl-D ends.")
     while True:
         if on_terminal:
             print("> ", end="", flush=True)
@@ -71,10 +86,51 @@ def _talk(answering: Answering, sampling: SamplingConfig) -> int:
             continue
         messages.append({"role": "user", "content": line.strip()})
         try:
-            said = answering(messages)
+            said = _said(answering, messages)
         except Full as full:
             messages.pop()
             note(f"No room: {full}; an empty line starts a new conversation.")
             continue
         messages.append({"role": "assistant", "content": said})
-        paragraph(said, indent="")
+
+
+def _said(answering: Answering, messages: Sequence[dict[str, str]]) -> str:
+    """Print an answer while it is written. Returns what was printed: all of it, or up to where Ctrl-C ended it."""
+    said = ""
+    with _ctrl_c() as pressed:
+
+        def show(text: str) -> None:
+            nonlocal said
+            if pressed():
+                raise Enough
+            print(text, end="", flush=True)
+            said += text
+
+        with suppress(Enough):
+            answering(messages, show)
+    print(flush=True)
+    return said
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Inside the block Ctrl-C interrupts nothing, so that nothing stays half done; pressed again, it ends the chat.
+
+    Gives a function that says whether it was pressed.
+    """
+    pressed = False
+
+    def handler(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    if signal.SIGINT not in numbers():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

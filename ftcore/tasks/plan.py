@@ -6,16 +6,16 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from ftcore import checkpoint, pipeline, rope, vocabulary
+from ftcore import checkpoint, pipeline, planning, rope
 from ftcore import hooks as h
 from ftcore.config import Memory
-from ftcore.forecast import Forecast, free
-from ftcore.manager import Hooks, spec_names
+from ftcore.manager import spec_names
 from ftcore.memory import micro_batch, wants_recompute
+from ftcore.meta_model import on_meta
 from ftcore.patching import INSIDE
 from ftcore.report import heading, note, table
 from ftcore.rows import iter_rows, local_files, sources
-from ftcore.specs import PatchReport, Phase, Plan
+from ftcore.specs import PatchReport, Plan
 from ftcore.tasks._config import config_of
 
 
@@ -25,31 +25,13 @@ def main(argv: list[str]) -> int:
     model, patches = on_meta(hooks, plan)
     heading("Run")
     table(_settings(plan, model))
-    _show_memory(plan, model)
+    planning.show(plan, model)
     heading("Kernels")
     _show_patches(patches)
     heading("Stages: who answers (first asked first, ~ wraps)")
     table((name.removeprefix(h.PREFIX), ", ".join(hooks.who_answers(getattr(h, name))) or "-") for name in spec_names())
     note("\nNo problems found.")
     return 0
-
-
-def on_meta(hooks: Hooks, plan: Plan) -> tuple[Any, PatchReport]:
-    """The model without weights, patched and adapted by the same hooks as in the run: exact counts and claims."""
-    import torch
-    import transformers
-
-    assert plan.run.model is not None
-    auto = getattr(transformers, plan.family.auto_class)
-    with torch.device("meta"):
-        model = auto.from_config(checkpoint.config_of(plan.run.model, plan.family), dtype=torch.bfloat16)
-        vocabulary.grown(plan, model)
-    base = hooks.first(h.ftcore_patch_model, plan=plan, model=model, phase=Phase.BASE)
-    if not (plan.run.adapter and getattr(plan.run.adapter, "path", None)):
-        with torch.device("meta"):
-            model = hooks.first(h.ftcore_adapt_model, plan=plan, model=model)
-    fused = hooks.first(h.ftcore_patch_model, plan=plan, model=model, phase=Phase.ADAPTED)
-    return model, PatchReport(claims=base.claims + fused.claims, skipped=base.skipped + fused.skipped)
 
 
 def _settings(plan: Plan, model: Any) -> Iterable[tuple[str, str]]:
@@ -83,37 +65,6 @@ def _settings(plan: Plan, model: Any) -> Iterable[tuple[str, str]]:
             yield "memory", f"{run.memory.value}: {recomputed} recomputed"
     yield "exports", ", ".join(run.export) or "none (the adapter or model is always saved)"
     yield "run folder", str(plan.output_dir)
-
-
-def _show_memory(plan: Plan, model: Any) -> None:
-    """What fits a GPU: the one that was asked for, or this machine's."""
-    size = plan.run.gpu_memory or (plan.device.memory / 2**30 if plan.device.kind == "cuda" else None)
-    if size is None or plan.run.trainer is None:
-        return
-    heading(f"Memory of a GPU of {size:.0f} GiB (a forecast)")
-    forecast = Forecast.of(plan, model)
-    if isinstance(forecast, str):
-        note(f"  none: {forecast}")
-        return
-    rows, length, room = micro_batch(plan), plan.run.trainer.max_length, free(size)
-    batch = f"{rows} x {length:,} tokens"
-    table(
-        (
-            (
-                f"memory={memory.value}",
-                _fit(forecast.peak(memory, rows, length), room),
-                f"{forecast.longest(memory, room):,}",
-                f"{forecast.most_rows(memory, length, room):,}",
-            )
-            for memory in (Memory.off, Memory.least, Memory.offload)
-        ),
-        ("", batch, "longest row", f"rows of {length:,}"),
-    )
-    note("  memory=auto is `off` where that fits, and goes towards the others where it does not")
-
-
-def _fit(peak: int, room: int) -> str:
-    return f"{peak / 2**30:.1f} GiB" + ("" if peak <= room else ", too much")
 
 
 def _count_rows(plan: Plan) -> int | None:

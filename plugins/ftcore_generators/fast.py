@@ -1,15 +1,16 @@
 """Completions by ftcore's own decoding: the weights that are trained, on the GPU that trains, a CUDA graph a token.
 
 Prompts are read once for all their completions; rows that have ended make room for prompts that wait; the cache of keys
-and values is given back before training goes on. A model whose layers it does not compute is completed by transformers,
-and the reason is printed once.
+and values is given back before training goes on. Layers that there are no steps for, such as mixtures of experts,
+compute as they are, with ftcore's attention in them. What has none of both is completed by transformers. Why is printed
+once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ftcore import Completions, GeneratorConfig, Plan, Problem, Sampling, hookimpl
 from ftcore_generators.transformers import TransformersGenerator
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ftcore_kernels.decoding.engine import Engine
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -61,23 +64,33 @@ class FastGenerator:
     def __init__(self, plan: Plan, config: Config, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self._plan, self._config, self._model, self._tokenizer = plan, config, model, tokenizer
         self._base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
-        self._other: TransformersGenerator | None = None
+        self._other = TransformersGenerator(model, tokenizer, config.batch)
         self._engine: Engine | None = None
+        self._covered = True
+        self._said: set[str] = set()
 
-    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
-        """One completion per prompt, with the log-probabilities at this temperature."""
-        from ftcore.answers import end_ids, evaluating
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        media: Sequence[Mapping[str, Any] | None] | None = None,
+    ) -> Completions:
+        """One completion per prompt, with the log-probabilities at this temperature.
 
-        with evaluating(self._model):
-            engine = self._ready()
-            if engine is None:
-                assert self._other is not None
-                return self._other.generate(prompt_ids, sampling)
-            ends = end_ids(self._model, self._tokenizer)
-            try:
-                return engine.run(_requests(prompt_ids, sampling), sampling, ends)
-            finally:
-                engine.close()
+        :param media: For each prompt what the model takes besides its tokens, such as `pixel_values`, as the family's
+            processor made it of this prompt alone.
+        """
+        return self._written(
+            lambda engine, ends: engine.run(_requests(prompt_ids, sampling, media), sampling, ends),
+            lambda: self._other.generate(prompt_ids, sampling, media),
+        )
+
+    def stream(self, prompt_ids: Sequence[int], sampling: Sampling, show: Callable[[list[int]], None]) -> list[int]:
+        """Complete one prompt, and show what is new every few tokens."""
+        return self._written(
+            lambda engine, ends: engine.stream(_requests([prompt_ids], sampling, None)[0], sampling, ends, show),
+            lambda: self._other.stream(prompt_ids, sampling, show),
+        )
 
     def begin_rollout(self) -> None:
         """Nothing to take before the prompts are known: they say how long the cache must be."""
@@ -88,26 +101,45 @@ class FastGenerator:
     def weights_changed(self) -> None:
         """The weights are the trained ones themselves, read anew for every call."""
 
-    def _ready(self) -> Engine | None:
-        """The engine with the weights of now, or None where transformers has to do it."""
-        from ftcore_kernels.decoding.engine import Limits, fitting
+    def _written(self, by_engine: Callable[[Engine, list[int]], T], otherwise: Callable[[], T]) -> T:
+        from ftcore.answers import end_ids, evaluating
         from ftcore_kernels.layers.uncovered import Uncovered
 
-        if self._other is not None:
+        with evaluating(self._model):
+            if (engine := self._ready()) is not None:
+                try:
+                    return by_engine(engine, end_ids(self._model, self._tokenizer))
+                except Uncovered as reason:  # of these prompts; the next may be others
+                    self._say(f"transformers writes the completions, because {reason}")
+                finally:
+                    engine.close()
+            return otherwise()
+
+    def _ready(self) -> Engine | None:
+        """The engine with the weights of now, or None where transformers has to do it."""
+        from ftcore_kernels.decoding.engine import Engine, Limits
+        from ftcore_kernels.layers.uncovered import Uncovered
+
+        if not self._covered:
             return None
+        if self._engine is None:
+            memory = self._memory if self._base.device.type == "cuda" else None
+            limits = Limits(self._config.batch, self._config.prompt_tokens, memory)
+            self._engine = Engine(self._base, self._plan.family.roles, limits)
         try:
-            if self._plan.family.vision is not None:
-                raise Uncovered("the family reads images")
-            if self._engine is None:
-                memory = self._memory if self._base.device.type == "cuda" else None
-                limits = Limits(self._config.batch, self._config.prompt_tokens, memory)
-                self._engine = fitting(self._base, self._plan.family.roles, limits)
             self._engine.open()
-            return self._engine
         except Uncovered as reason:
-            print(f"generator: transformers writes the completions, because {reason}")
-            self._engine, self._other = None, TransformersGenerator(self._model, self._tokenizer, self._config.batch)
+            self._say(f"transformers writes the completions, because {reason}")
+            self._engine, self._covered = None, False
             return None
+        if self._engine.no_steps is not None:
+            self._say(f"the layers' own modules compute, because {self._engine.no_steps}")
+        return self._engine
+
+    def _say(self, what: str) -> None:
+        if what not in self._said:
+            print(f"generator: {what}")
+            self._said.add(what)
 
     def _memory(self) -> int:
         """Bytes that the cache may take now."""
@@ -122,14 +154,17 @@ class FastGenerator:
         return max(0, int(self._config.memory_fraction * free))
 
 
-def _requests(prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> list[Any]:
+def _requests(
+    prompt_ids: Sequence[Sequence[int]], sampling: Sampling, media: Sequence[Mapping[str, Any] | None] | None
+) -> list[Any]:
     """One for each prompt, with a seed of its own from torch's generator, which the run's seed governs."""
     import torch
 
     from ftcore_kernels.decoding.requests import Request
 
     seeds = torch.randint(0, 2**32, (len(prompt_ids),)).tolist()
+    shown = [None] * len(prompt_ids) if media is None else media
     return [
-        Request(index, tuple(prompt), sampling.max_new_tokens, seed)
-        for index, (prompt, seed) in enumerate(zip(prompt_ids, seeds, strict=True))
+        Request(index, tuple(prompt), sampling.max_new_tokens, seed, images)
+        for index, (prompt, seed, images) in enumerate(zip(prompt_ids, seeds, shown, strict=True))
     ]

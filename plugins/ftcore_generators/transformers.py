@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,17 +33,37 @@ class TransformersGenerator:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch: int) -> None:
         self._model, self._tokenizer, self._batch = model, tokenizer, batch
 
-    def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
-        """One completion per prompt; each ends with the end token unless it was cut off."""
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        media: Sequence[Mapping[str, Any] | None] | None = None,
+    ) -> Completions:
+        """One completion per prompt; each ends with the end token unless it was cut off.
+
+        :param media: For each prompt what the model takes besides its tokens, such as `pixel_values`; prompts are
+            completed one by one then.
+        """
         from ftcore.answers import end_ids, evaluating
 
         ends = set(end_ids(self._model, self._tokenizer))
         ids: list[list[int]] = []
         with evaluating(self._model):
-            for start in range(0, len(prompt_ids), self._batch):
-                rows = self._complete(prompt_ids[start : start + self._batch], sampling, sorted(ends))
+            at_once = self._batch if media is None else 1
+            for start in range(0, len(prompt_ids), at_once):
+                shown = {} if media is None else media[start] or {}
+                rows = self._complete(prompt_ids[start : start + at_once], sampling, sorted(ends), shown)
                 ids += [_until_end(row, ends) for row in rows]
         return Completions(ids=ids)
+
+    def stream(self, prompt_ids: Sequence[int], sampling: Sampling, show: Callable[[list[int]], None]) -> list[int]:
+        """Complete one prompt, and show every token."""
+        from ftcore.answers import end_ids, evaluating
+
+        ends = set(end_ids(self._model, self._tokenizer))
+        with evaluating(self._model):
+            [row] = self._complete([prompt_ids], sampling, sorted(ends), {"streamer": _Shown(show)})
+        return _until_end(row, ends)
 
     def begin_rollout(self) -> None:
         """Nothing to take."""
@@ -54,7 +74,9 @@ class TransformersGenerator:
     def weights_changed(self) -> None:
         """The weights are the trained ones themselves."""
 
-    def _complete(self, prompts: Sequence[Sequence[int]], sampling: Sampling, ends: list[int]) -> list[list[int]]:
+    def _complete(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, ends: list[int], more: Mapping[str, Any]
+    ) -> list[list[int]]:
         import torch
         from transformers import GenerationConfig
 
@@ -69,15 +91,31 @@ class TransformersGenerator:
             use_cache=True,
             **_drawing(sampling),
         )
+        more = {name: x.to(tokens.device) if isinstance(x, torch.Tensor) else x for name, x in more.items()}
         with torch.no_grad():
-            out = self._model.generate(input_ids=tokens, attention_mask=mask, generation_config=settings)
+            out = self._model.generate(input_ids=tokens, attention_mask=mask, generation_config=settings, **more)
         rows: list[list[int]] = out[:, width:].tolist()
         return rows
 
 
+class _Shown:
+    """What transformers calls a streamer: it is put the prompt first, and then each new token, int64 `[1]`."""
+
+    def __init__(self, show: Callable[[list[int]], None]) -> None:
+        self._show, self._prompted = show, False
+
+    def put(self, ids: Any) -> None:
+        if self._prompted:
+            self._show(ids.tolist())
+        self._prompted = True
+
+    def end(self) -> None:
+        """Everything is shown."""
+
+
 def _drawing(sampling: Sampling) -> dict[str, Any]:
     if sampling.temperature == 0:
-        return {"do_sample": False}
+        return {"do_sample": False, "repetition_penalty": sampling.repetition_penalty}
     options: dict[str, Any] = {
         "do_sample": True,
         "temperature": sampling.temperature,

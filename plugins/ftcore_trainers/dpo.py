@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ftcore import Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
+from ftcore import Passes, Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
 from ftcore_trainers._arguments import OWNED
 from ftcore_trainers._preference import (
     OWNED_BY_PREFERENCES,
@@ -69,7 +69,7 @@ class Config(TrainerConfig):
 
 
 @hookimpl
-def ftcore_trainer_spec() -> TrainerSpec:
+def ftcore_trainer_spec(config: Config) -> TrainerSpec:
     """Takes pairs of answers; the reference model is the policy's own weights."""
     own = {"beta", "loss_type", "loss_weights", "label_smoothing"}
     return TrainerSpec(
@@ -78,6 +78,7 @@ def ftcore_trainer_spec() -> TrainerSpec:
         args="trl.trainer.dpo_config:DPOConfig",
         owned=OWNED | OWNED_BY_PREFERENCES | OWNED_BY_REFERENCE | own,
         measures=("rewards/accuracies",),
+        passes=Passes(sequences=2, unlearnt=0 if config.precompute_reference else 2, logprobs=True),
     )
 
 

@@ -51,7 +51,7 @@ def ftcore_make_plan() -> Generator[None, Plan, Plan]:
     """A micro-batch is the whole global batch unless the user says otherwise: more rows are more negatives."""
     plan = yield
     config = plan.config(Config)
-    config = replace(config, micro_batch=config.micro_batch or config.global_batch)
+    config = replace(config, micro_batch=max(config.micro_batch, 0) or config.global_batch)
     return replace(plan, run=replace(plan.run, trainer=config))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from ftcore import Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
+from ftcore import Passes, Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
 from ftcore_trainers._arguments import OWNED
 from ftcore_trainers._preference import ReferenceModel, in_range, reference_problems, unknown_loss
 from ftcore_trainers._rollout_keys import OWNED_BY_ROLLOUTS, group_problems, in_groups, problems
@@ -67,6 +67,7 @@ def ftcore_trainer_spec(config: Config) -> TrainerSpec:
         args="trl.trainer.grpo_config:GRPOConfig",
         owned=OWNED | OWNED_BY_ROLLOUTS | {"num_generations", "beta", "loss_type", "importance_sampling_level"},
         measures=("reward",),
+        passes=Passes(unlearnt=float(config.beta > 0), written=config.max_completion_length, logprobs=True),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftcore import Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
+from ftcore import Passes, Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
 from ftcore.memory import micro_batch
 from ftcore_trainers._arguments import OWNED
 from ftcore_trainers._preference import (
@@ -49,15 +49,19 @@ class Config(TrainerConfig):
 
 
 @hookimpl
-def ftcore_trainer_spec() -> TrainerSpec:
+def ftcore_trainer_spec(config: Config) -> TrainerSpec:
     """Takes answers with a label, or pairs of answers, of which it makes two rows each."""
     own = {"beta", "loss_type", "desirable_weight", "undesirable_weight", "train_sampling_strategy"}
+    # Mismatched rows for the baseline are read by the policy, and by the reference as the rows themselves are.
+    mismatched = config.loss_type == "kto"
+    unlearnt = mismatched + (0 if config.precompute_reference else 1 + mismatched)
     return TrainerSpec(
         accepts=frozenset({Shape.UNPAIRED, Shape.PREFERENCE}),
         reference_model=True,
         args="trl.trainer.kto_config:KTOConfig",
         owned=OWNED | OWNED_BY_PREFERENCES | OWNED_BY_REFERENCE | own,
         measures=("rewards/margins",),
+        passes=Passes(unlearnt=unlearnt, least_rows=2 if mismatched else 1, logprobs=True),
     )
 
 

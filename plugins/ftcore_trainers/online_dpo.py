@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftcore import Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
+from ftcore import Passes, Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
 from ftcore_trainers._arguments import OWNED
 from ftcore_trainers._preference import ReferenceModel, in_range, reference_problems, unknown_loss
 from ftcore_trainers._rollout_keys import OWNED_BY_ROLLOUTS, problems
@@ -44,7 +44,7 @@ class Config(TrainerConfig):
 
 
 @hookimpl
-def ftcore_trainer_spec() -> TrainerSpec:
+def ftcore_trainer_spec(config: Config) -> TrainerSpec:
     """Takes prompts and rewards; the reference model is the policy's own weights."""
     own = {"beta", "loss_type", "max_new_tokens", "reward_model_path", "remove_unused_columns"}
     return TrainerSpec(
@@ -53,6 +53,7 @@ def ftcore_trainer_spec() -> TrainerSpec:
         reference_model=True,
         args="trl.experimental.online_dpo.online_dpo_config:OnlineDPOConfig",
         owned=OWNED | OWNED_BY_ROLLOUTS | own,
+        passes=Passes(sequences=2, unlearnt=2, written=config.max_completion_length, logprobs=True),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftcore import Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
+from ftcore import Passes, Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
 from ftcore_trainers._arguments import OWNED
 from ftcore_trainers._preference import OWNED_BY_PREFERENCES, in_range, not_streamed, problems
 from ftcore_trainers._rendered import ftcore_format_dataset as ftcore_format_dataset
@@ -34,6 +34,7 @@ def ftcore_trainer_spec() -> TrainerSpec:
         args="trl.experimental.orpo.orpo_config:ORPOConfig",
         owned=OWNED | OWNED_BY_PREFERENCES | {"beta", "remove_unused_columns", "generate_during_eval"},
         measures=("rewards/accuracies",),
+        passes=Passes(sequences=2, logprobs=True),
     )
 
 

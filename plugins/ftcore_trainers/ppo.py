@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftcore import Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
+from ftcore import Passes, Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
 from ftcore_trainers._arguments import OWNED
 from ftcore_trainers._preference import ReferenceModel, in_range, reference_problems
 from ftcore_trainers._rollout_keys import problems
@@ -75,6 +75,12 @@ def ftcore_trainer_spec(config: Config) -> TrainerSpec:
         args="transformers.training_args:TrainingArguments",
         owned=OWNED | {"remove_unused_columns", "label_names", "label_smoothing_factor"},
         measures=("reward",),
+        passes=Passes(
+            unlearnt=1 + float(config.kl_coef > 0),
+            written=config.max_completion_length,
+            times=config.num_ppo_epochs,
+            logprobs=True,
+        ),
     )
 
 

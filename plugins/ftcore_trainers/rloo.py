@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftcore import Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
+from ftcore import Passes, Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
 from ftcore_trainers._arguments import OWNED
 from ftcore_trainers._preference import ReferenceModel, in_range, reference_problems
 from ftcore_trainers._rollout_keys import OWNED_BY_ROLLOUTS, group_problems, in_groups, problems
@@ -53,6 +53,7 @@ def ftcore_trainer_spec(config: Config) -> TrainerSpec:
         args="trl.trainer.rloo_config:RLOOConfig",
         owned=OWNED | OWNED_BY_ROLLOUTS | {"num_generations", "beta"},
         measures=("reward",),
+        passes=Passes(unlearnt=float(config.beta > 0), written=config.max_completion_length, logprobs=True),
     )
 
 

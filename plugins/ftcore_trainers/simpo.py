@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftcore import Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
+from ftcore import Passes, Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
 from ftcore_trainers._arguments import OWNED
 from ftcore_trainers._preference import OWNED_BY_PREFERENCES, in_range, not_streamed, problems, unknown_loss
 from ftcore_trainers._rendered import ftcore_format_dataset as ftcore_format_dataset
@@ -47,6 +47,7 @@ def ftcore_trainer_spec() -> TrainerSpec:
         args="trl.experimental.cpo.cpo_config:CPOConfig",
         owned=OWNED | OWNED_BY_PREFERENCES | own | {"remove_unused_columns", "generate_during_eval"},
         measures=("rewards/accuracies",),
+        passes=Passes(sequences=2, logprobs=True),
     )
 
 

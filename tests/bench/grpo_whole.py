@@ -3,12 +3,14 @@
     python tests/bench/grpo_whole.py
     python tests/bench/grpo_whole.py --memory auto@4.5 --rows 16
     python tests/bench/grpo_whole.py --sides trl,trl-continuous,ftcore --family llama --shape llama3.2-1b \\
-        --quantizer none --prompts 8 --rows 64 --new 256 --memory auto
+        --quantizer none --prompts 8 --rows 64 --new 256 --memory auto --steps 2 --budget 45 --ahead
 
 Random weights, 8 completions of a prompt of 128 tokens, LoRA r16 on all linear layers. TRL is as it comes, by
 transformers' `generate` or by its continuous batching. The end token is put outside the
 vocabulary, so that every completion has its 384 new tokens. Peaks are `torch.cuda.max_memory_allocated` from the first
-step on, of generation and of training; the larger one may be 5e9 bytes at most. Seconds are medians after warm-up.
+step on, of generation and of training; the larger one may be 5e9 bytes at most, and beside TRL, above the weights, 0.6
+of the faster one's, five times as fast. Seconds are medians after warm-up. A side ends with the first timed step after
+`--budget` seconds of steps.
 Results also go to `$OUT/grpo-whole-SHAPE.json`.
 """
 
@@ -28,7 +30,9 @@ from stepbench import processes
 from stepbench.table import machine
 
 TARGET = 5e9
-"""Bytes."""
+"""Bytes, where TRL is not run."""
+SPEED, MEMORY = 5.0, 0.6
+"""Times the speed, and the memory above the weights, of the faster of TRL's ways."""
 TINY = {"shape": "tiny", "rows": 4, "prompt": 96, "new": 16, "warmup": 1, "steps": 2}
 
 
@@ -41,6 +45,10 @@ def main(words: list[str]) -> int:
         return 0
     found = arguments(words)
     work, script = work_of(found), Path(__file__).resolve()
+    jobs = [
+        (side, m) for side in found.sides.split(",") for m in (found.memory.split(",") if side == "ftcore" else [""])
+    ]
+    waiting = [processes.Process(side, work.device, script=script) for side, _ in jobs] if found.ahead else []
     made = processes.Process("locate", work.device, script=script).run(work.text(), found.limit)
     if made.pop("status") != "ok":
         print(f"no checkpoint folder: {made['detail']}")
@@ -48,28 +56,56 @@ def main(words: list[str]) -> int:
     work = replace(work, **made)
     what = f"{work.prompts} x {work.group} completions of {found.new} tokens of prompts of {work.prompt}"
     print(f"{work.shape}, {work.quantizer}, LoRA r{work.rank}, {what}", flush=True)
+    for process in waiting:
+        process.ready()
     results: dict[str, dict[str, Any]] = {}
-    for side in found.sides.split(","):
-        for memory in found.memory.split(",") if side == "ftcore" else [""]:
-            label = f"ftcore memory={memory}" if memory else side
-            job = replace(work, memory=memory)
-            results[label] = processes.Process(side, work.device, script=script).run(job.text(), found.limit)
-            print(line(label, results[label]), flush=True)
-            keep(words, work, results)
+    for side, memory in jobs:
+        label = f"ftcore memory={memory}" if memory else side
+        process = waiting.pop(0) if waiting else processes.Process(side, work.device, script=script)
+        results[label] = process.run(replace(work, memory=memory).text(), found.limit)
+        print(line(label, results[label], alone=found.sides == "ftcore"), flush=True)
+        keep(words, work, results)
+    for said in verdicts(results):
+        print(said)
     print(machine(results))
     return 0 if all(r["status"] == "ok" for r in results.values()) else 1
 
 
-def line(label: str, result: dict[str, Any]) -> str:
-    """A result in a line."""
+def line(label: str, result: dict[str, Any], alone: bool) -> str:
+    """A result in a line; held to the target where only ftcore is run."""
     if result["status"] != "ok":
         return f"{label}: failed, {result['detail']}"
     parts = ", ".join(f"{p} {result[f'{p}_s']:.2f} s, {result[f'{p}_bytes']:,} B" for p in ("generation", "training"))
-    peak = f"{result['peak_bytes']:,} B ({'within' if result['peak_bytes'] <= TARGET else 'OVER'} {TARGET:,.0f})"
+    word = "within" if result["peak_bytes"] <= TARGET else "OVER"
+    peak = f"{result['peak_bytes']:,} B" + (f" ({word} {TARGET:,.0f})" if alone else "")
     return (
-        f"{label}, {result['dtype']}: {result['generation_s'] + result['training_s']:.2f} s a step, {parts}; weights "
+        f"{label}, {result['dtype']}: {step_seconds(result):.2f} s a step, {parts}; weights "
         f"{result['weights_bytes']:,} B; peak {peak if result['peak_bytes'] else 'not measured'}"
     )
+
+
+def verdicts(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Each of ftcore's settings against the faster of TRL's ways, as far as both ran."""
+    good = {label: result for label, result in results.items() if result["status"] == "ok"}
+    peers = [label for label in good if not label.startswith("ftcore")]
+    if not peers:
+        return []
+    peer = min(peers, key=lambda label: step_seconds(good[label]))
+    lines = []
+    for label in (label for label in good if label not in peers):
+        speed = step_seconds(good[peer]) / step_seconds(good[label])
+        words = [f"{speed:.2f} times the speed of {peer} ({'reaches' if speed >= SPEED else 'UNDER'} {SPEED:g})"]
+        theirs, ours = (good[side]["peak_bytes"] - good[side]["weights_bytes"] for side in (peer, label))
+        if good[peer]["peak_bytes"]:  # a CPU's memory is not measured
+            word = "within" if ours <= MEMORY * theirs else "OVER"
+            words.append(f"memory above the weights {ours / theirs:.2f} of its ({word} {MEMORY:g})")
+        lines.append(f"{label}: {', '.join(words)}")
+    return lines
+
+
+def step_seconds(result: dict[str, Any]) -> float:
+    """Of a whole step."""
+    return float(result["generation_s"] + result["training_s"])
 
 
 def keep(words: list[str], work: TrainerWork, results: dict[str, dict[str, Any]]) -> None:
@@ -100,6 +136,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--limit", type=float, default=280, help="seconds for each setting")
+    parser.add_argument("--budget", type=float, default=0, help="seconds of each setting's steps; 0: all are made")
+    parser.add_argument("--ahead", action="store_true", help="let all sides import their packages at once, in advance")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the family's tiny model and few tokens")
     parser.add_argument("--folder", default="", help="checkpoint folder; none makes one of random weights")

@@ -2,6 +2,7 @@
 
     python tests/bench/rollout_speed.py 1b --ahead --peers 'source .whl/enter.sh --peers'
     python tests/bench/rollout_speed.py 0.6b-mixed --sides hf,ftcore --batch 64 --parts 2
+    python tests/bench/rollout_speed.py 8b-nf4 --sides ftcore --weights packed
 
 Random weights of a real shape, an adapter of rank 16 with random B, greedy, no end token: every row writes as many
 tokens as it is told, from a seed the same on all sides. One warm-up, then one pass by the clock; peaks are
@@ -102,6 +103,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--quantizer", default="none")
     parser.add_argument("--kernels", default="auto")
+    parser.add_argument("--weights", choices=("", "unpacked", "packed"), default="", help="ftcore's 4-bit ones")
     parser.add_argument("--limit", type=float, default=300, help="seconds for each side")
     parser.add_argument("--ahead", action="store_true", help="let all sides import their packages at once, in advance")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -7,10 +7,13 @@ import math
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import guard_cost
 import pytest
 import torch
 from curvebench import compare, rows
@@ -216,3 +219,69 @@ def test_the_learning_rate_rises_and_falls() -> None:
     rates = [factor(step, run.steps) for step in range(run.steps)]
     assert max(rates) == rates[9] == 1.0
     assert 0 < rates[-1] < rates[0] == 0.1
+
+
+@pytest.mark.slow
+def test_guards_are_measured_both_ways(tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--tiny", "--steps", "4"]
+    done = run("guard_cost.py", *words, out=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "waited for: " in done.stdout
+    assert "left alone: " in done.stdout
+    kept = json.loads((tmp_path / "guard-cost.json").read_text(encoding="utf-8"))
+    assert {kind: len(of["guarded"]) for kind, of in kept["seconds"].items()} == {"waited": 4, "left": 1}
+
+
+def test_turns_end_when_the_time_is_up() -> None:
+    for until, left in ((0.0, 2), (math.inf, 1)):
+        planned = [("", True, 1), ("waited", True, 1), ("waited", True, 1)]
+        turns = guard_cost.Turns(SimpleNamespace(), planned, gpu=False, until=until)
+        control = SimpleNamespace(should_training_stop=False)
+        turns.on_train_begin(None, None, control)
+        turns.on_step_end(None, None, control)
+        assert control.should_training_stop == (until == 0)
+        if not control.should_training_stop:
+            turns.on_step_end(None, None, control)
+        assert len(turns.turns) == left
+        assert len(turns.times["waited"][True]) == 2 - left
+    assert len(planned) == 3, "the plan stays as it is"
+
+
+@pytest.mark.slow
+def test_a_measurement_of_the_guards_that_is_told_to_stop_says_what_it_has(tmp_path: Path) -> None:
+    words = ["--device", "cpu", "--tiny", "--steps", "600", "--kinds", "waited"]
+    process = subprocess.Popen(
+        [sys.executable, str(BENCH / "guard_cost.py"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OUT": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step "):
+            time.sleep(4)  # the warm-up's other steps, and some pairs
+            process.terminate()
+            break
+    said = "".join(lines) + process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said
+    assert "stopped by SIGTERM after step" in said
+    assert "turns were not made" in said
+    assert "ratio " in said
+    assert json.loads((tmp_path / "guard-cost.json").read_text(encoding="utf-8"))["ratios"]["waited"] > 0
+
+
+def test_turns_take_guarded_and_bare_steps_by_turns() -> None:
+    assert guard_cost.turns_of(5, 2, ["waited"]) == [
+        ("", True, 5), ("waited", True, 1), ("waited", False, 1), ("waited", False, 1), ("waited", True, 1),
+    ]  # fmt: skip
+    assert [turn[1:] for turn in guard_cost.turns_of(5, 20, ["left"])] == [
+        (True, 5), (True, 10), (False, 10), (False, 10), (True, 10),
+    ]  # fmt: skip
+    times = {"waited": {True: [1.01, 1.0, 2.0], False: [1.0]}, "left": {True: [1.0], False: []}}
+    assert guard_cost.ratios(times) == {"waited": 1.01}
+    assert guard_cost.said(times) == [
+        "waited for: 1010.000 ms guarded (3 x 1 steps), 1000.000 ms bare (1 x 1 steps), ratio 1.0100"
+    ]

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import grpo_memory
+import grpo_whole
 import preference_step
 import pytest
-from rlbench import learning, options, rows, table
+from rlbench import alike, growth, learning, options, rows, table
+from rlbench.whole import Steps
 from test_benches import run
 
 from ftcore.bytes_tokenizer import byte_tokenizer
@@ -51,8 +55,10 @@ def test_a_whole_step_on_nf4_writes_every_token(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_whole_step_of_several_prompts_beside_trl_s(tmp_path: Path) -> None:
     words = ["--sides", "trl,ftcore", "--quantizer", "none", "--prompts", "2", "--memory", "least"]
-    done = run("grpo_whole.py", *TINY, *words, out=tmp_path)
+    done = run("grpo_whole.py", *TINY, *words, "--ahead", "--budget", "300", out=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "ftcore memory=least: " in done.stdout
+    assert "times the speed of trl (" in done.stdout
     results = json.loads((tmp_path / "grpo-whole-tiny.json").read_text(encoding="utf-8"))["results"]
     trl, ours = results["trl"], results["ftcore memory=least"]
     assert trl["trained"] == ours["trained"] > 0
@@ -159,3 +165,90 @@ def test_the_ends_of_a_run_are_compared() -> None:
     assert learning.verdict({"0": 0.4, "1": 0.2}) == "verdict: at least 0.2 more reward in each of 2 seeds"
     assert learning.verdict({"0": 0.4, "1": float("nan")}).startswith("verdict: NOT ")
     assert learning.verdict({}) == "verdict: NO RUN"
+
+
+@pytest.mark.slow
+def test_both_generators_are_learnt_from_and_their_memory_is_noted(tmp_path: Path) -> None:
+    done = run("grpo_memory.py", *TINY, out=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "generator=fast, seed 0: 4 steps" in done.stdout
+    assert "verdict: none, memory is measured on a GPU only" in done.stdout
+    kept = json.loads((tmp_path / "grpo-memory.json").read_text(encoding="utf-8"))
+    assert [run["generator"] for run in kept["runs"]] == ["transformers", "fast"]
+    for one in kept["runs"]:
+        assert set(one["rewards"]) == {"1", "2", "3", "4"}
+        assert [step["step"] for step in one["memory"]] == [1, 2, 3, 4]
+        assert min(one["sizes"]["host"]) > 2**20
+    assert "equal in kind" in kept["compared"][0]
+    pytest.importorskip("matplotlib")
+    assert "generator=fast" in (tmp_path / "reward-curves.svg").read_text(encoding="utf-8")
+    words = ["--plot", str(tmp_path / "grpo-memory.json"), "--to", str(tmp_path / "c.svg")]
+    drawn = run("grpo_memory.py", *words, out=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "c.svg").read_bytes() == (tmp_path / "reward-curves.svg").read_bytes()
+
+
+def steps(count: int, **sizes: Any) -> list[dict[str, int]]:
+    return [{"step": n, **{name: int(size(n)) for name, size in sizes.items()}} for n in range(1, count + 1)]
+
+
+def test_memory_that_grows_after_the_first_steps_is_said() -> None:
+    flat = growth.growth(steps(200, allocated=lambda n: 1000 + n % 7, reserved=lambda n: 3000 if n > 20 else n))
+    assert flat == {"allocated": (1003, 1003), "reserved": (3000, 3000)}
+    assert growth.grown(flat) == []
+    leak = growth.growth(steps(200, allocated=lambda n: 1000 + n, reserved=lambda n: 3000, retries=lambda n: n > 150))
+    assert leak["allocated"] == (1030.5, 1190.5)
+    assert growth.grown(leak) == ["allocated", "retries"]
+    assert "allocated 0.0 to 0.0 MiB (+15.53 %)" in growth.said(leak)
+    assert growth.growth(steps(21, allocated=lambda n: n)) == {}
+    assert growth.growth(steps(24, allocated=lambda n: n)) == {"allocated": (21.5, 23.5)}
+
+
+def test_no_verdict_without_measurements() -> None:
+    few, none, good = ({"grown": [], "sizes": s, "memory": m} for s, m in (
+        ({}, [{"allocated": 1}]), ({"host": (1, 1)}, [{"host": 1}]), ({"allocated": (1, 1)}, [{"allocated": 1}]),
+    ))  # fmt: skip
+    assert grpo_memory.verdict([good, few], 20) == ("verdict: TOO FEW STEPS", False)
+    assert grpo_memory.verdict([none], 20)[1]
+    assert grpo_memory.verdict([good], 20) == ("verdict: no growth of memory after step 20", True)
+    assert grpo_memory.verdict([good, {**good, "grown": ["reserved"]}], 20)[1] is False
+
+
+def test_rewards_are_compared_with_chance() -> None:
+    calm, restless = [0.5] * 60, [0.0] * 20 + [0.4] * 20 + [0.6] * 20
+    assert alike.difference([calm], [restless]) == pytest.approx((0.0, 0.2))
+    assert alike.difference([calm], [[0.9] * 60]) == pytest.approx((0.4, 0.0))
+    assert alike.difference([calm, [0.7] * 60], [calm, calm]) == pytest.approx((0.1, 0.2))
+    runs = [{"generator": name, "rewards": dict(enumerate(curve))} for name, curve in (("a", calm), ("b", [0.9] * 60))]
+    assert grpo_memory.compared(runs)[0].endswith("FURTHER APART than that")
+    assert grpo_memory.compared(runs[:1]) == ["rewards: nothing to compare"]
+    assert alike.windows([1.0, 3.0, 5.0], 2) == [2.0, 5.0]
+
+
+def whole(generation: float, training: float, peak: int) -> dict[str, Any]:
+    return {"status": "ok", "generation_s": generation, "training_s": training, "peak_bytes": peak, "weights_bytes": 10}
+
+
+def test_a_whole_step_is_held_to_the_faster_of_trls() -> None:
+    results = {"trl": whole(9, 1, 30), "trl-continuous": whole(5, 1, 50), "ftcore memory=auto": whole(0.5, 0.5, 30)}
+    assert grpo_whole.verdicts(results) == [
+        "ftcore memory=auto: 6.00 times the speed of trl-continuous (reaches 5), "
+        "memory above the weights 0.50 of its (within 0.6)"
+    ]
+    results["trl-continuous"] = {"status": "failed"}
+    (said,) = grpo_whole.verdicts(results)
+    assert "10.00 times the speed of trl (reaches 5), memory above the weights 1.00 of its (OVER 0.6)" in said
+    assert grpo_whole.verdicts({"ftcore memory=auto": whole(1, 1, 5)}) == []
+
+
+def test_a_spent_budget_ends_a_side_once_a_step_was_timed() -> None:
+    job = replace(work("grpo"), budget=1e-9)
+    for budget, expected in ((1e-9, [False, True]), (0, [False, False]), (1e9, [False, False])):
+        callback = Steps(None, replace(job, budget=budget))
+        callback.on_train_begin(None, None, None)
+        stops = []
+        for step in (1, 2):
+            control = SimpleNamespace(should_training_stop=False)
+            callback.on_step_end(None, SimpleNamespace(global_step=step), control)
+            stops.append(control.should_training_stop)
+        assert stops == expected

@@ -973,9 +973,11 @@ def test_chat_takes_bytes_that_are_no_utf_8(
     from ftcore.tasks import chat
 
     heard: list[str] = []
-    plan = SimpleNamespace(family=SimpleNamespace(auto_class="AutoModelForCausalLM"))
-    monkeypatch.setattr(chat, "load_trained", lambda config: SimpleNamespace(model=None, tokenizer=None, plan=plan))
-    monkeypatch.setattr(chat, "answer", lambda messages, *_: heard.append(messages[-1]["content"]) or "ho")
+    model = SimpleNamespace(model=None, tokenizer=None)
+    monkeypatch.setattr(chat.pipeline, "load", lambda hooks, plan: model)
+    monkeypatch.setattr(
+        chat.Answers, "next", lambda _, messages, show: heard.append(messages[-1]["content"]) or show("ho")
+    )
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     assert chat.main(shlex.split(TINY)) == 0
     assert heard == ["caf\ufffd"]

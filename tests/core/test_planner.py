@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 import ftcore
 from ftcore import Role, memory
 from ftcore.config import Graphs, Memory, Optimizer
-from ftcore.planner import Planner, assign
+from ftcore.planner import Lean, Planner, assign
 from ftcore.specs import Level, Plan
+from ftcore.store import Store, stored
 from ftcore.testing import maths, runs
 
 # assign ------------------------------------------------------------------------------------------------------------
@@ -159,12 +160,16 @@ class Fake:
     choose: Any = None
     may_record: bool = True
     away: bool = False
+    inside: bool = False
     tiled: bool = False
     followed: Any = "nobody"
 
     def levels(self, rows: int, length: int) -> list[Level]:
         tokens = rows * length
         return [Level(10 * tokens, 5.0 * tokens), Level(20 * tokens, 0.0)]
+
+    def input_bytes(self, rows: int, length: int) -> int:
+        return 4 * rows * length
 
     def moved(self, rows: int, length: int) -> int:
         return 4 * rows * length if rows < 100 else 0
@@ -195,18 +200,94 @@ def planned(budget: Callable[[Question], int]) -> tuple[Callable[[int, int], lis
 @pytest.mark.parametrize(
     ("free", "host", "rows", "levels", "away"),
     [
-        (200, 10**6, 1, [1] * 10, False),  # everything fits as it is
-        (199, 10**6, 1, [1] * 10, True),  # seven inputs of 4 bytes more
-        (150, 10**6, 1, [0] * 3 + [1] * 7, True),  # 28 bytes more, two layers of them
-        (150, 39, 1, [0] * 5 + [1] * 5, False),  # the host has no room
-        (150 * 100, 10**6, 100, [0] * 5 + [1] * 5, False),  # the copies would take longer than the layers
+        (200, 10**6, 1, [1] * 10, 0),  # everything fits as it is
+        (199, 10**6, 1, [1] * 10, 8),  # eight inputs of 4 bytes more
+        (150, 10**6, 1, [0] * 2 + [1] * 8, 8),  # 32 bytes more, three layers of them
+        (150, 31, 1, [0] * 5 + [1] * 5, 0),  # the host has no room
+        (150 * 100, 10**6, 100, [0] * 5 + [1] * 5, 0),  # the copies would take longer than the layers
+        (99 * 100, 10**6, 100, [0] * 10, 8),  # but without them it does not fit
     ],
 )
 def test_inputs_wait_in_host_memory_where_not_everything_fits(free, host, rows, levels, away) -> None:
     fakes = [Fake(away=not away) for _ in range(10)]
     Planner(fakes, lambda *question: -1 if question[3] else free, lambda: host).attach()
     assert [fake.choose(rows, 1) for fake in fakes] == levels
-    assert {fake.away for fake in fakes} == {away}
+    assert [fake.away for fake in fakes] == [True] * away + [False] * (10 - away), "the last ones need not leave"
+
+
+def states(fakes: list[Fake]) -> str:
+    return "".join("i" if fake.inside else "a" if fake.away else "h" for fake in fakes)
+
+
+@pytest.mark.parametrize("kind", [Planner, Lean])
+@pytest.mark.parametrize(
+    ("inputs", "host", "expected"),
+    [
+        (2, 40, "aaaaaaaahh"),  # 8 in host memory, 2 here
+        (3, 12, "aiaiaihihh"),  # 3 there, 3 here: of a segment two at most, with one on its way
+        (5, 16, "aiaaahhhhh"),  # as many here as there may be
+        (5, 0, "hiihihihih"),  # none there: the later a segment, the more inputs of others are still here
+        (1, 0, "hiiiihiiii"),  # nothing fits: what takes least
+    ],
+)
+def test_fewest_inputs_are_made_again(kind, inputs, host, expected) -> None:
+    """Inputs of 4 bytes; each layer that is the last of its segment keeps 6 besides."""
+    fakes, said = [Fake() for _ in range(10)], []
+    kept = 10 - expected.count("i")
+    budget = 4 * inputs + 6 * kept
+    kind(
+        fakes, lambda *question: -1 if question[3] else budget, lambda: host, lambda *store: said.append(store)
+    ).attach()
+    assert [fake.choose(1, 1) for fake in fakes] == [0] * 10
+    assert states(fakes) == expected
+    assert all(fake.tiled and not fake.may_record for fake in fakes)
+    assert len(said) == ("i" in expected)
+
+
+def test_segments_belong_to_the_shape_that_they_were_planned_for() -> None:
+    """And each is spoken of once."""
+    fakes, said = [Fake() for _ in range(10)], []
+    Lean(fakes, lambda *_: 100, lambda: 0, lambda *store: said.append(store)).attach()
+    for _ in range(4):
+        for length, expected in ((1, "h" * 10), (2, "hiihihihih"), (1, "h" * 10)):
+            for fake in fakes:
+                fake.choose(1, length)
+            assert states(fakes) == expected
+    assert len(said) == 1
+
+
+@given(st.integers(1, 40), st.data())
+def test_a_store_holds_no_more_than_it_says(layers, data) -> None:
+    """Played: the backward of every layer from the last one on."""
+    kept, room = data.draw(st.integers(1, layers)), data.draw(st.integers(0, 50))
+    store = Store.of(layers, kept, room)
+    assert len(store.starts) == len(set(store.starts)) == kept
+    assert store.starts[0] == 0
+    assert store.made_again == layers - kept
+    assert store.away <= room
+    most = here = kept - store.away
+    ends = (*store.starts[1:], layers)
+    for place in range(kept - 1, -1, -1):
+        length = ends[place] - store.starts[place]
+        on_its_way = 1 if 0 < place <= store.away else 0
+        most = max(most, here * (place >= store.away) + (place < store.away) + length - 1 + on_its_way)
+        here -= 1
+    assert most <= store.held
+
+
+@given(st.integers(1, 40), st.integers(0, 400), st.integers(0, 400))
+def test_a_store_fits_if_any_does(layers, gpu, host) -> None:
+    """And makes fewest inputs again of all that do; more memory never means more work."""
+    fakes = [Fake() for _ in range(layers)]
+    store = stored(fakes, 1, 1, gpu, host)
+    assert store.host_bytes(4) <= host
+    choices = [Store.of(layers, kept, host // 4) for kept in range(1, layers + 1)]
+    fitting = [choice for choice in choices if choice.gpu_bytes(4, 6) <= gpu]
+    if fitting:
+        assert store.gpu_bytes(4, 6) <= gpu
+        assert store.made_again == min(choice.made_again for choice in fitting)
+    else:
+        assert store.gpu_bytes(4, 6) == min(choice.gpu_bytes(4, 6) for choice in choices)
 
 
 def test_the_first_plan_stands_for_two_batches_and_the_second_for_good() -> None:
@@ -332,6 +413,22 @@ def test_least_recomputes_within_the_layers() -> None:
         levels = last.levels(rows, length)
         spare = max(last.workspace(rows, length, True) - memory.head_bytes(model, rows, length), 0)
         assert levels[last.choose(rows, length)].kept - levels[0].kept <= spare
+
+
+def test_least_makes_inputs_again_where_they_do_not_fit_and_says_so(monkeypatch, capsys) -> None:
+    plan, model = fresh()
+    runs.shake(model, trainable_only=True)
+    batch = runs.batch_for(model)
+    loss, gradients = maths.loss_and_gradients(model, batch)
+    rows, length = batch["input_ids"].shape
+    for free, inside in ((2**40, False), (0, True)):
+        assert memory.apply(replace(with_memory(plan, Memory.least), device=Gpu(monkeypatch, free)), model)
+        our_loss, ours = maths.loss_and_gradients(model, batch)
+        assert [layer.ftcore_recompute.inside for layer in layers_of(model)] == [False, inside]
+        assert torch.equal(our_loss, loss)
+        assert all(torch.equal(ours[name], gradients[name]) for name in gradients)
+        said = f"memory: of {rows} x {length} tokens the inputs of 1 of 2 layers are kept (on the GPU); those of the "
+        assert capsys.readouterr().out.startswith(said) == inside
 
 
 def test_least_checkpoints_layers_that_no_kernel_took_over() -> None:

@@ -38,9 +38,13 @@ def prompts_of(*lengths: int) -> list[list[int]]:
     return [torch.randint(0, 256, (length,), generator=drawn).tolist() for length in lengths]
 
 
-def logprobs_of(model: Any, prompt: Sequence[int], said: Sequence[int], temperature: float) -> torch.Tensor:
+def logprobs_of(
+    model: Any, prompt: Sequence[int], said: Sequence[int], temperature: float, **media: Any
+) -> torch.Tensor:
     """Of a completion's tokens, by one pass over everything."""
     with torch.no_grad():
-        logits = model.eval()(input_ids=torch.tensor([[*prompt, *said]], device=model.device)).logits[0].float()
+        ids = torch.tensor([[*prompt, *said]], device=model.device)
+        media = {name: x.to(model.device) if torch.is_tensor(x) else x for name, x in media.items()}
+        logits = model.eval()(input_ids=ids, **media).logits[0].float()
     scores = (logits / temperature).log_softmax(-1)[len(prompt) - 1 : -1]
     return scores.gather(1, torch.tensor(said, device=model.device)[:, None])[:, 0].cpu()

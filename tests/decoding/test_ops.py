@@ -22,6 +22,9 @@ SHAPES = {
     "one head of keys, odd width": (2, 6, 1, 70, 24, None, None),
     "in parts": (1, 4, 1, 700, 32, None, None),
     "window and cap": (2, 8, 4, 300, 64, 40, 5.0),
+    "sinks": (3, 6, 2, 300, 16, None, None),
+    "sinks in parts": (1, 4, 1, 700, 32, 600, None),
+    "chunks": (3, 4, 2, 300, 16, None, None),
 }
 
 
@@ -45,7 +48,8 @@ def test_attention_is_its_twin_s(shape: str, dtype: torch.dtype) -> None:
     for row, position in enumerate(positions.tolist()):
         for tensor in cache:
             tensor[row, :, position + 1 :] = torch.nan
-    scores = Scores(dim**-0.5, window, cap)
+    sinks = 2 * noise(heads) if shape.startswith("sinks") else None
+    scores = Scores(dim**-0.5, window, cap, 90 if shape == "chunks" else None, sinks)
     wide = [tensor.double() for tensor in cache]
     expected = plain_attention.decode_attention(q.double(), k.double(), v.double(), *wide, positions, scores)
     twin = [tensor.clone() for tensor in cache]

@@ -224,7 +224,7 @@ def test_with_a_cache(seen) -> None:
 class ByDocument:
     """In place of FlashAttention on a CPU: document by document, from the same window and offsets."""
 
-    recordable = True
+    recordable = by_heads = True
 
     def __init__(self, scale: float, window: int | None, documents: Documents | None) -> None:
         self.scale, self.window = scale, window

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from ftcore import hooks as h
-from ftcore.answers import answers_to
+from ftcore.answers import Answers
 from ftcore.api import run
 from ftcore.config import SamplingConfig
 from ftcore.testing import runs
 from ftcore.testing.trainer import Watched
 from ftcore.tokens import RowTokenizer
+from ftcore_generators.transformers import TransformersGenerator
 
 TINY = ("+model=llama", "model.tiny=true", "model.dtype=float32", "+trainer=cpt")
 LONG = "It was a dark and stormy night; the rain fell in torrents. " * 9
@@ -72,13 +73,12 @@ def test_prompts_are_continued_without_the_chat_template(monkeypatch: pytest.Mon
     loaded = runs.loaded(["+model=smollm2", *TINY[1:]])
     tokenizer, asked = loaded.tokenizer, []
     assert tokenizer.chat_template
-    generate = loaded.model.generate
-    monkeypatch.setattr(
-        loaded.model, "generate", lambda **given: asked.append(given["input_ids"][0].tolist()) or generate(**given)
-    )
-    sampling = SamplingConfig(max_new_tokens=2)
-    answers_to(["Once upon"], loaded.model, tokenizer, sampling, continues=True)
-    answers_to(["Once upon"], loaded.model, tokenizer, sampling)
+    generator = TransformersGenerator(loaded.model, tokenizer, batch=1)
+    generate = generator.generate
+    monkeypatch.setattr(generator, "generate", lambda ids, sampling: asked.extend(ids) or generate(ids, sampling))
+    answers = Answers(generator, loaded.model, tokenizer, SamplingConfig(max_new_tokens=2))
+    answers.to(["Once upon"], continues=True)
+    answers.to(["Once upon"])
     plain, turn = (tokenizer.decode(ids) for ids in asked)
     assert plain == "Once upon"
     assert "user" in turn

@@ -1,6 +1,6 @@
 """Faults to try a plugin with: what breaks in the middle of a run, made to break when a test says so.
 
-    from ftcore.testing.faults import out_of_memory, poison
+from ftcore.testing.faults import out_of_memory, poison
 """
 
 from __future__ import annotations

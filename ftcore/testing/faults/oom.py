@@ -1,7 +1,7 @@
 """A device whose memory is short, without one.
 
-    with out_of_memory(model, passes={3}):
-        trainer.train()
+with out_of_memory(model, passes={3}):
+    trainer.train()
 """
 
 from __future__ import annotations

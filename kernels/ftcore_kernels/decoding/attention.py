@@ -12,11 +12,14 @@ from ftcore_kernels.decoding.cache import Cache
 from ftcore_kernels.layers.decoder.attention import Attention
 from ftcore_kernels.reference.decode_attention import Scores
 
+Choice = Callable[[int, Scores, Any], Attention]
+"""The attention of a layer for a call: from its number, how its queries score, and the mask that the model made."""
+
 
 class Step(Attention):
     """Of one new token a row, over the cache, which it joins."""
 
-    recordable = True
+    recordable, by_heads = True, False
     tables = ()
 
     def __init__(
@@ -38,20 +41,21 @@ class Step(Attention):
 class Prompts(Attention):
     """Of prompts one behind the other in one row, whose keys and values are kept."""
 
-    inner: Attention
+    inner: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    """Of q `[1, Hq, T, D]`, k and v `[1, Hkv, T, D]`; returns `[1, T, Hq, D]`."""
     cache: Cache
     layer: int
     rows: torch.Tensor
     """Int64 `[T]`: of the cache, for each token."""
     places: torch.Tensor
     """Int64 `[T]`: in its prompt."""
-    recordable = False
+    recordable = by_heads = False
     tables = ()
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """As the protocol, without a backward."""
         self.cache.write(self.layer, k, v, self.rows, self.places)
-        return self.inner.forward(q, k, v)
+        return self.inner(q, k, v), ()
 
     def backward(self, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """There is none."""

@@ -27,6 +27,8 @@ class Batch:
     """Int64 `[B, new]`."""
     logprobs: torch.Tensor
     """fp32 `[B, new]`."""
+    ahead: torch.Tensor
+    """Int64 `[B]`: how far positions, as RoPE takes them, are ahead of places in the cache."""
     ends: torch.Tensor
     """Int64 `[E]`: tokens that end a row."""
     seen: torch.Tensor | None = None
@@ -35,13 +37,17 @@ class Batch:
     @classmethod
     def empty(cls, rows: int, new: int, ends: list[int], device: torch.device, seen: int = 0) -> Batch:
         """Idle rows; `seen` is the vocabulary's size where that is kept."""
-        numbers = torch.zeros((5, rows), dtype=torch.int64, device=device)
+        numbers = torch.zeros((6, rows), dtype=torch.int64, device=device)
         return cls(
-            *numbers[:4],
+            tokens=numbers[0],
+            positions=numbers[1],
+            counts=numbers[2],
+            limits=numbers[3],
             alive=torch.zeros(rows, dtype=torch.bool, device=device),
             seeds=numbers[4],
             ids=torch.zeros((rows, new), dtype=torch.int64, device=device),
             logprobs=torch.zeros((rows, new), dtype=torch.float32, device=device),
+            ahead=numbers[5],
             ends=torch.tensor(ends, dtype=torch.int64, device=device),
             seen=torch.zeros((rows, seen), dtype=torch.bool, device=device) if seen else None,
         )
@@ -54,8 +60,10 @@ class Batch:
         seeds: torch.Tensor,
         tokens: torch.Tensor,
         logprobs: torch.Tensor,
+        ahead: torch.Tensor,
     ) -> None:
         """Begin rows, int64 `[N]`, whose prompts of these lengths are in the cache, with their first tokens."""
+        self.ahead[rows] = ahead
         self.tokens[rows], self.positions[rows], self.limits[rows], self.seeds[rows] = tokens, lengths, limits, seeds
         self.counts[rows] = 1
         self.ids[rows, 0], self.logprobs[rows, 0] = tokens, logprobs

@@ -1,4 +1,7 @@
-"""Keys and values of the tokens so far: for every layer a place for each row, as long as the longest may become."""
+"""Keys and values of the tokens so far: for every layer a place for each row, as long as the longest may become.
+
+Where a layer has a short convolution in place of attention, the last of its inputs.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from ftcore_kernels.decoding.convolution import Tail
 
 ALIGNED = 64
 """Tokens that a row's length is rounded up to."""
@@ -24,16 +29,23 @@ class Shape:
 
 
 class Cache:
-    """`keys[layer]` and `values[layer]` are `[rows, Hkv, length, D]`."""
+    """`keys[layer]` and `values[layer]` are `[rows, Hkv, length, D]`; `tails[layer]` is `[rows, K - 1, H]`."""
 
     def __init__(
-        self, shapes: Sequence[Shape], rows: int, length: int, dtype: torch.dtype, device: torch.device
+        self,
+        shapes: Sequence[Shape],
+        rows: int,
+        length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        tails: Sequence[Tail] = (),
     ) -> None:
         self.rows, self.length = rows, rounded(length)
         self.keys, self.values = (
             [torch.empty((rows, s.heads, self.length, s.dim), dtype=dtype, device=device) for s in shapes]
             for _ in range(2)
         )
+        self.tails = [torch.zeros((rows, t.length, t.width), dtype=dtype, device=device) for t in tails]
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, rows: torch.Tensor, places: torch.Tensor) -> None:
         """Keep tokens' keys and values `[1, Hkv, T, D]` at their rows and places, int64 `[T]` each."""
@@ -44,6 +56,8 @@ class Cache:
         """Copy the first tokens of some rows to others, int64 `[N]` each."""
         for tensor in (*self.keys, *self.values):
             tensor[targets, :, :length] = tensor[sources, :, :length]
+        for tail in self.tails:
+            tail[targets] = tail[sources]
 
 
 def rounded(length: int) -> int:
@@ -51,6 +65,7 @@ def rounded(length: int) -> int:
     return -(-length // ALIGNED) * ALIGNED
 
 
-def row_bytes(shapes: Sequence[Shape], length: int, dtype: torch.dtype) -> int:
+def row_bytes(shapes: Sequence[Shape], length: int, dtype: torch.dtype, tails: Sequence[Tail] = ()) -> int:
     """Bytes of one row in all layers."""
-    return rounded(length) * sum(shape.bytes_of(dtype) for shape in shapes)
+    keys = rounded(length) * sum(shape.bytes_of(dtype) for shape in shapes)
+    return keys + sum(tail.bytes_of(dtype) for tail in tails)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 FEW = 8
 """Free rows are filled once they are this part of the batch: each filling holds up the others."""
@@ -19,6 +20,8 @@ class Request:
     limit: int
     """Tokens at most."""
     seed: int
+    media: Mapping[str, Any] | None = None
+    """What the model takes besides the prompt's tokens: images, as its processor made them."""
 
 
 class Queue:
@@ -52,13 +55,17 @@ class Queue:
 
 
 def by_prompt(begun: Sequence[tuple[int, Request]], tokens: int) -> Iterator[list[list[tuple[int, Request]]]]:
-    """Passes of at most so many tokens, or one prompt; in each, the requests of every prompt."""
-    groups: dict[tuple[int, ...], list[tuple[int, Request]]] = {}
+    """Passes of at most so many tokens, or one prompt; in each, the requests of every prompt. Images are alone."""
+    groups: dict[tuple[tuple[int, ...], int | None], list[tuple[int, Request]]] = {}
     for row, request in begun:
-        groups.setdefault(request.prompt, []).append((row, request))
+        images = None if request.media is None else id(request.media)
+        groups.setdefault((request.prompt, images), []).append((row, request))
     batch: list[list[tuple[int, Request]]] = []
     size = 0
-    for prompt, group in groups.items():
+    for (prompt, images), group in groups.items():
+        if images is not None:
+            yield [group]
+            continue
         if batch and size + len(prompt) > tokens:
             yield batch
             batch, size = [], 0

@@ -25,6 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ftcore import Role, bind
 from ftcore_kernels.layers.decoder.attention import handed
+from ftcore_kernels.layers.host_weights import HostWeights
 from ftcore_kernels.layers.kv_cache import cache_of
 from ftcore_kernels.layers.lm_head_outputs import FusedLoss, FusedTokens
 from ftcore_kernels.layers.lm_head_parts import (
@@ -141,6 +142,7 @@ def install_reference(module: nn.Module, role: Role) -> None:
 
 def _install(module: nn.Module, fused: FusedHead) -> None:
     setattr(module, SETTINGS, Settings())
+    module.ftcore_host_weights = HostWeights(module)
     bind(module, forward_of(fused))
 
 

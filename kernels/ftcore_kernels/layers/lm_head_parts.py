@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ftcore_kernels.layers.host_weights import HOST, weight_of
+
 IGNORED = -100
 
 
@@ -69,8 +71,8 @@ def head_of(module: Any) -> nn.Linear | None:
         head = head.modules_to_save[active[0]] if active else head.original_module
     if type(head) is not nn.Linear or _hooked(head):
         return None
-    if "forward" in vars(head) and not hasattr(head, "_hf_hook"):  # accelerate's only moves the inputs to the device
-        return None
+    if "forward" in vars(head) and not hasattr(head, "_hf_hook") and not hasattr(head, HOST):
+        return None  # accelerate's only moves the inputs to the device
     weight = head.weight
     fits = weight.is_floating_point() and weight.element_size() > 1 and weight.device.type != "meta"
     return head if fits else None
@@ -101,7 +103,7 @@ def operands(
         "bias": None if head.bias is None else head.bias.to(dtype),
         "chunk": rows_of_logits(head.weight.shape[0]),
     }
-    arguments = (hidden.to(device, dtype), head.weight.to(dtype), targets.labels.to(device))
+    arguments = (hidden.to(device, dtype), weight_of(head).to(dtype), targets.labels.to(device))
     return arguments, options | logit_form(module.config)
 
 

@@ -45,17 +45,18 @@ def decode_attention(
     if any(t.stride(-1) != 1 for t in (q, k, v)) or not (keys.is_contiguous() and values.is_contiguous()):
         raise ValueError("q, k and v need contiguous last dimensions, and the cache must be contiguous")
     out = torch.empty((batch, 1, heads, dim), dtype=q.dtype, device=q.device)
-    reach = length if scores.window is None else min(length, scores.window)
+    reach = length if scores.reach is None else min(length, scores.reach)
     parts = _parts(batch * kv_heads, reach, q.device)
     joined = out if parts == 1 else torch.empty((batch, heads, parts, dim), dtype=torch.float32, device=q.device)
     wide = max(16, triton.next_power_of_2(dim))
     weights = torch.empty((2, batch, heads, parts), dtype=torch.float32, device=q.device) if parts > 1 else joined
     with torch.cuda.device_of(q):
         _attend_kernel[(batch * kv_heads * parts,)](
-            q, k, v, keys, values, positions, joined, weights,
+            q, k, v, keys, values, positions, joined, weights, q if scores.sinks is None else scores.sinks,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             length, kv_heads, scores.scale, scores.softcap or 0.0, batch * heads * parts,
-            WINDOW=scores.window or 0, CAPPED=scores.softcap is not None, GROUP=heads // kv_heads,
+            WINDOW=scores.window or 0, CHUNK=scores.chunk or 0, CAPPED=scores.softcap is not None,
+            SINKS=scores.sinks is not None, GROUP=heads // kv_heads,
             ROWS=max(_ROWS, triton.next_power_of_2(heads // kv_heads)), DIM=dim,
             WIDE=wide, KEYS=_keys(wide * q.element_size(), q.device), PARTS=parts, num_warps=4, num_stages=2,
         )  # fmt: skip
@@ -82,10 +83,10 @@ def _keys(size: int, device: torch.device) -> int:
 
 @triton.jit
 def _attend_kernel(
-    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, positions_ptr, out_ptr, weights_ptr,
+    q_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, positions_ptr, out_ptr, weights_ptr, sinks_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, length, kv_heads, scale, softcap, all_parts,
-    WINDOW: tl.constexpr, CAPPED: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
-    WIDE: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
+    WINDOW: tl.constexpr, CHUNK: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program per row, head of keys and part of the keys: q [GROUP, DIM] -> out or joined [GROUP, DIM]."""
     program = tl.program_id(0).to(tl.int64)
@@ -93,6 +94,7 @@ def _attend_kernel(
     row, head = pair // kv_heads, pair % kv_heads
     position = tl.load(positions_ptr + row)
     first = tl.maximum(position - WINDOW + 1, 0) if WINDOW else position * 0
+    first = position // CHUNK * CHUNK if CHUNK else first
     share = tl.cdiv(tl.cdiv(position + 1 - first, PARTS), KEYS) * KEYS
     begin = first + part * share
     end = tl.minimum(begin + share, position + 1)
@@ -109,6 +111,10 @@ def _attend_kernel(
     cached = (pair * length) * DIM
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
+    if SINKS:  # a key without a value, seen before all others by the program of the first part
+        sunk = member + part * ROWS < GROUP
+        highest = tl.load(sinks_ptr + query, mask=sunk, other=float("-inf")).to(tl.float32)
+        total = tl.where(sunk, 1.0, total)
     out = tl.zeros((ROWS, WIDE), tl.float32)
     for start in range(begin, end, KEYS):
         at = start + tl.arange(0, KEYS)

@@ -56,7 +56,7 @@ def nf4_dequantize(
         block = min(_BLOCK, triton.next_power_of_2((number + 1) // 2))
         with torch.cuda.device_of(packed):
             _dequantize_kernel[(triton.cdiv(number, 2 * block),)](
-                packed, absmax.contiguous(), _codebook(packed.device), code.contiguous(), absmax2.contiguous(),
+                packed, absmax.contiguous(), codebook(packed.device), code.contiguous(), absmax2.contiguous(),
                 offset, out, number, HALF_BLOCKSIZE=blocksize // 2, BLOCKSIZE2=blocksize2,
                 DOUBLE=absmax_state is not None, BLOCK=block, num_warps=_launch.warps(2 * block),
                 # A fused multiplication and addition would round the scale once where bitsandbytes rounds it twice.
@@ -91,7 +91,7 @@ def _dequantize_kernel(
 _codebooks: dict[torch.device, torch.Tensor] = {}
 
 
-def _codebook(device: torch.device) -> torch.Tensor:
+def codebook(device: torch.device) -> torch.Tensor:
     """The sixteen numbers on `device`, copied there once."""
     if device not in _codebooks:
         _codebooks[device] = torch.tensor(NF4, dtype=torch.float32, device=device)

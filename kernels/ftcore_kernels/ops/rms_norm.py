@@ -90,7 +90,7 @@ def _rms_norm_back_kernel(
     scale = _scale(weight_ptr, offset, col, width, GEMMA)
     dweight = tl.zeros((TILE_ROWS, BLOCK), dtype=tl.float32)
     for tile in range(program, tl.cdiv(rows, TILE_ROWS), tl.num_programs(0)):
-        row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
+        row = (tile * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] & (col < width)[None, :]
         x_start = row_start(row, x_inner, x_outer_stride, x_inner_stride)
         dout_start = row_start(row, dout_inner, dout_outer_stride, dout_inner_stride)

@@ -56,11 +56,13 @@ def lora_rope(
     :param norm: The norm on query and key heads, or None.
     :returns: `[M, (Hq + 2 Hkv) D]`: rotated queries, rotated keys, values.
     """
-    q, k, v = split(updated(qkv, (heads.q * heads.dim, heads.kv * heads.dim, heads.kv * heads.dim), update), heads)
+    whole = updated(qkv, (heads.q * heads.dim, heads.kv * heads.dim, heads.kv * heads.dim), update)
+    turned, v = whole.unflatten(1, (-1, heads.dim)).split((heads.q + heads.kv, heads.kv), dim=1)
     if norm is not None:
-        q, k = (_normed(x, weight, norm, qkv.dtype) for x, weight in ((q, norm.q_weight), (k, norm.k_weight)))
-    parts = [_rotate(q, cos, sin), _rotate(k, cos, sin), v]
-    out = torch.cat([part.flatten(1) for part in parts], dim=1).to(qkv.dtype)
+        q, k, _ = split(whole, heads)
+        weighted = ((q, norm.q_weight), (k, norm.k_weight))
+        turned = torch.cat([_normed(x, weight, norm, qkv.dtype) for x, weight in weighted], dim=1)
+    out = torch.cat((_rotate(turned, cos, sin).flatten(1), v.flatten(1)), dim=1).to(qkv.dtype)
     return out if norm is not None else qkv.copy_(out)
 
 

@@ -35,7 +35,15 @@ def inner(side: str) -> None:
         found = measured(work) if side == "ftcore" else of_trl(work, continuous=side == "trl-continuous")
         return {"status": "ok", **found, "versions": versions()}
 
-    processes.answer(lambda: None, run)
+    processes.answer(lambda: None if side == "locate" else _imports(side), run)
+
+
+def _imports(side: str) -> None:
+    import trl
+    from stepbench import sides
+
+    sides.imports(side.partition("-")[0])
+    _ = trl.GRPOTrainer  # imported when it is first asked for
 
 
 def measured(work: TrainerWork) -> dict[str, Any]:
@@ -54,7 +62,7 @@ def measured(work: TrainerWork) -> dict[str, Any]:
         clock = Clock(work)
         parts = Parts(clock, generator, loaded.model.get_base_model().generation_config)
         given = rows.dataset(work, loaded.tokenizer)
-        trained(hooks, plan, loaded, given, Steps(clock), [rows.by_place], parts)
+        trained(hooks, plan, loaded, given, Steps(clock, work), [rows.by_place], parts)
     return {
         **clock.result(),
         "weights_bytes": weights(loaded.model),
@@ -106,7 +114,7 @@ def of_trl(work: TrainerWork, continuous: bool) -> dict[str, Any]:
         )
         trainer = Timed(
             model=work.folder, args=config, train_dataset=rows.dataset(work, tokenizer), processing_class=tokenizer,
-            peft_config=hf.lora(work), reward_funcs=rows.by_place, callbacks=[Steps(clock)],
+            peft_config=hf.lora(work), reward_funcs=rows.by_place, callbacks=[Steps(clock, work)],
         )  # fmt: skip
         trainer.train()
     return {
@@ -212,10 +220,21 @@ class Parts:
 
 
 class Steps(TrainerCallback):
-    """Says when the last step ends."""
+    """Says when the last step ends, which may be before all are made."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self, clock: Clock, work: TrainerWork) -> None:
+        self._clock, self._work = clock, work
+        self._start = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The budget begins."""
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The budget may be spent."""
+        spent = 0 < self._work.budget < time.perf_counter() - self._start
+        if spent and state.global_step > self._work.warmup:
+            control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Before anything is saved."""

@@ -36,6 +36,8 @@ class RollWork(Work):
     """Rows that a peer completes at once; 0: all."""
     parts: int = 0
     """Batches that a peer completes; 0: all. Its rate is theirs."""
+    weights: str = ""
+    """Whether ftcore unpacks 4-bit weights for a rollout or reads them `packed`; empty leaves it to ftcore."""
 
     def title(self) -> str:
         """The work in a line."""

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from stepbench.works import ALL, ROWS, TINY, Work
 
 MEMORIES = ("off", "auto", "least", "offload")
 
 
-def arguments(words: Sequence[str], about: str | None) -> argparse.Namespace:
-    """The row's options, then `--tiny`'s, and what was written on the command line over both."""
+def arguments(
+    words: Sequence[str], about: str | None, add: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+) -> argparse.Namespace:
+    """The row's options, then `--tiny`'s, and what was written on the command line over both.
+
+    :param add: Adds a script's own options.
+    """
     parser = _parser(about)
+    add(parser)
     first = parser.parse_args(words)
     parser.set_defaults(**ROWS.get(first.row, {}), **({} if first.row else {"sides": "hf,ftcore"}))
     if first.tiny:

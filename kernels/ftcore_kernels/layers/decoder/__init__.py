@@ -16,6 +16,7 @@ from torch import nn
 from ftcore import Plan, Role, bind
 from ftcore_kernels.layers.decoder.attention import Mask, reading, taken, use
 from ftcore_kernels.layers.decoder.function import run, trained
+from ftcore_kernels.layers.decoder.heads import size
 from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.parts import Ops
 from ftcore_kernels.layers.decoder.recompute import Recompute
@@ -64,8 +65,9 @@ def forward(
     if graphs is not None and tables and layer.attention.recordable and trained(layer) and graphs.due(key):
         record = graphs.record(key, layer, keep, kind, hidden_states.requires_grad)
         return graphs.replay(record, hidden_states, tables, kind)
-    layer.tile = recompute.tile(hidden_states)
-    return run(layer, hidden_states, keep, recompute.host(hidden_states))
+    layer.tile, layer.group = recompute.tile(hidden_states), size(layer, recompute.group(hidden_states))
+    host = recompute.host(hidden_states)
+    return run(layer, hidden_states, keep, host, recompute.away, recompute.inside)
 
 
 def _own(module: Any, hidden_states: torch.Tensor, keep: Keep, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -10,8 +10,7 @@ import torch
 
 from ftcore_kernels.layers.decoder.fp8 import fp8_whole
 from ftcore_kernels.layers.decoder.linear import Fused
-from ftcore_kernels.layers.decoder.sources import is_nf4
-from ftcore_kernels.reference.nf4_dequantize import AbsmaxState
+from ftcore_kernels.layers.decoder.sources import is_nf4, packed
 
 
 class Dense:
@@ -53,19 +52,13 @@ class Dense:
         return fused.stack.whole[: fused.width + fused.border]
 
     def _dequantized(self, fused: Fused, dtype: torch.dtype) -> torch.Tensor:
-        parts = []
-        for source in fused.sources:
-            weight: Any = source.base.weight
-            state = weight.quant_state
-            nested = None
-            if state.nested:
-                inner = state.state2
-                nested = AbsmaxState(inner.code, inner.absmax, state.offset, inner.blocksize)
-            parts.append((weight.data, state.absmax, state.shape, state.blocksize, nested))
-        device = parts[0][0].device
+        parts = [packed(source.base) for source in fused.sources]
+        device = parts[0].packed.device
         out = torch.empty((fused.width + fused.border, fused.inputs), dtype=dtype, device=device)
-        for (packed, absmax, shape, blocksize, nested), rows in zip(parts, fused.columns, strict=True):
-            self._ops.nf4_dequantize(packed, absmax, shape, blocksize, dtype, nested, out=out[rows])
+        for part, rows in zip(parts, fused.columns, strict=True):
+            self._ops.nf4_dequantize(
+                part.packed, part.absmax, part.shape, part.blocksize, dtype, part.nested, out=out[rows]
+            )
         if fused.border and fused.a is not None:
             out[fused.width : fused.width + fused.a.shape[0]] = fused.a
             out[fused.width + fused.a.shape[0] :] = 0

@@ -9,20 +9,26 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ftcore_kernels.layers.decoder import steps
+from ftcore_kernels.layers.decoder.alone import alone
 from ftcore_kernels.layers.decoder.gradients import Gradients
 from ftcore_kernels.layers.decoder.host import Host
 from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.packing import pack
 from ftcore_kernels.layers.decoder.parts import Layer
+from ftcore_kernels.layers.decoder.segments import ONCE, Here, Member, Place
 
 
-def run(layer: Layer, hidden: torch.Tensor, keep: Keep, host: Host | None = None) -> torch.Tensor:
+def run(
+    layer: Layer, hidden: torch.Tensor, keep: Keep, host: Host | None = None, away: bool = False, inside: bool = False
+) -> torch.Tensor:
     """The layer's output.
 
     :param layer: The layer as it is now.
     :param hidden: `[B, S, H]` in the dtype of the products.
     :param keep: What the backward finds; the rest it computes again.
-    :param host: Where `hidden` waits for the backward, if not on the GPU.
+    :param host: Where inputs of this forward wait for the backward, if any are not on the GPU.
+    :param away: Whether `hidden` is one of them.
+    :param inside: Whether not even `hidden` is kept, where it is the output of a layer before this one.
     :returns: `[B, S, H]`.
     """
     parameters = trained(layer)
@@ -31,8 +37,15 @@ def run(layer: Layer, hidden: torch.Tensor, keep: Keep, host: Host | None = None
         with torch.autocast(hidden.device.type, enabled=False):
             rows = hidden.contiguous().view(-1, hidden.shape[-1])
             return steps.forward(layer, rows, Keep.INPUT)[0].view(hidden.shape)
-    out: torch.Tensor = _DecoderLayer.apply(hidden, layer, keep, host, *parameters)
+    before = _made_by(hidden) if inside else None
+    out: torch.Tensor = _DecoderLayer.apply(hidden, layer, keep, host, away, before, *parameters)
     return out
+
+
+def _made_by(hidden: torch.Tensor) -> Member | None:
+    """The layer whose very output this is, if nothing follows that yet; torch lets nobody write over an output."""
+    member = getattr(hidden.grad_fn, "member", None)
+    return member if isinstance(member, Member) and member.follow() else None
 
 
 def trained(layer: Layer) -> list[nn.Parameter]:
@@ -48,37 +61,44 @@ def trained(layer: Layer) -> list[nn.Parameter]:
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, layer: Layer, keep: Keep, host: Host | None, *parameters: nn.Parameter
-    ) -> torch.Tensor:
+        ctx: Any, hidden: torch.Tensor, layer: Layer, keep: Keep, host: Host | None, away: bool, before: Member | None,
+        *parameters: nn.Parameter,
+    ) -> torch.Tensor:  # fmt: skip
         rows = hidden.contiguous().view(-1, hidden.shape[-1])
+        source = before or _place(rows, host, away)
+        if host is not None and before is not None:
+            host.layer()
         with torch.autocast(hidden.device.type, enabled=False):
             out, kept = steps.forward(layer, rows, keep)
         kept.reduce(keep, layer)
-        ctx.away = None
-        if host is None:
+        if host is None and before is None:
             ctx.save_for_backward(hidden)  # so that autograd notices if somebody writes over it
-        else:
-            ctx.away, kept.x = host.send(rows), None
-        ctx.layer, ctx.kept, ctx.parameters = layer, kept, parameters
+        ctx.member = Member(layer, keep, kept, source)
+        ctx.layer, ctx.parameters = layer, parameters
         ctx.versions = [parameter._version for parameter in parameters]
         return out.view(hidden.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        kept, ctx.kept = ctx.kept, None
-        if kept is None:
-            raise RuntimeError("this layer's backward writes over what it kept: it can run once per forward")
+        member, ctx.member = ctx.member, None
+        if member is None:
+            raise RuntimeError(ONCE)
         if ctx.versions != [parameter._version for parameter in ctx.parameters]:
             raise RuntimeError("a trained parameter was changed between this layer's forward and its backward")
         ctx.saved_tensors  # noqa: B018  raises if the input was written over
-        if ctx.away is not None:
-            kept.x = ctx.away.take()
-        grads = Gradients()
+        grads, mine = Gradients(), alone(dout) or not dout.is_contiguous()
         with torch.autocast(dout.device.type, enabled=False):
+            rows = dout.contiguous().view(-1, dout.shape[-1])
             dx = steps.backward(
-                ctx.layer, kept, dout.contiguous().view(-1, dout.shape[-1]), grads, ctx.needs_input_grad[0]
+                ctx.layer, member.taken(), rows, grads, ctx.needs_input_grad[0], into=rows if mine else None
             )
         if dx is not None:
             dx = dx.view(dout.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, *grads.of(ctx.parameters)
+        return dx, None, None, None, None, None, *grads.of(ctx.parameters)
+
+
+def _place(rows: torch.Tensor, host: Host | None, away: bool) -> Place:
+    if host is None:
+        return Here(rows)
+    return host.send(rows) if away else host.keep(rows)

@@ -41,6 +41,8 @@ class Fused:
         self.b: torch.Tensor | None = None
         weights = [source.base.weight for source in sources]
         self.stack = stack if stack is not None and stack.holds(weights) else None  # type: ignore[arg-type]
+        self.few: Callable[[torch.Tensor], torch.Tensor | None] | None = None
+        """Of few rows `[M, K]`, the product with the weights and A as they lie, `[M, N + P R]`; None of too many."""
         self._token = object()
         needed = border_of(len(sources), self.rank)
         room = needed if is_nf4(sources[0].base) else 0 if self.stack is None else self.stack.spare
@@ -145,8 +147,11 @@ class Fused:
         :returns: The former with LoRA's part, unless that is left to a kernel. Both may be columns of one buffer.
         """
         fp8 = is_fp8(self.sources[0].base)
-        whole = None if fp8 else dense.whole(self, x.dtype)
-        if whole is not None and self.border:
+        few = None if self.few is None else self.few(x)
+        whole = None if fp8 or few is not None else dense.whole(self, x.dtype)
+        if few is not None:
+            y, xa = few[:, : self.width], None if self.a is None else few[:, self.width :]
+        elif whole is not None and self.border:
             y = x.new_empty((x.shape[0], self.width + self.border))
             torch.mm(x, whole.T, out=y)
             xa = y[:, self.width : self.width + len(self.sources) * self.rank]

@@ -67,6 +67,8 @@ def complete(layer: Layer, kept: Kept, dense: Dense, normed: torch.Tensor | None
     del normed
     if layer.mlp_norm is not None and kept.lowered is None:
         lower(layer, kept, activation(layer, kept), dense)
+    if kept.down_xa is None and layer.down.a is not None:
+        kept.down_xa = torch.mm(activation(layer, kept), layer.down.a.T)
 
 
 def backward(

@@ -60,11 +60,27 @@ class Layer:
     """After the down projection, likewise."""
     tile: int = 0
     """Rows of a tile that the MLP is computed in; 0 computes it whole."""
+    group: int = 0
+    """Key-value heads, with their queries, of a group that attention is computed in; 0 computes it whole."""
 
     @property
     def fused(self) -> tuple[Fused, Fused, Fused, Fused]:
         """The four products."""
         return self.qkv, self.out, self.gate_up, self.down
+
+
+@dataclass(slots=True)
+class Part:
+    """What one group of heads leaves: n columns of queries, keys and values, m of queries."""
+
+    qkv: torch.Tensor | None = None
+    """`[M, n]` as attention takes it."""
+    raw_qkv: torch.Tensor | None = None
+    """`[M, n]` before the norm of the heads, where there is one."""
+    attended: torch.Tensor | None = None
+    """`[M, m]` contiguous."""
+    rest: Any = None
+    """What else the attention's backward needs."""
 
 
 @dataclass(slots=True)
@@ -83,7 +99,7 @@ class Kept:
     qkv: torch.Tensor | None = None
     """`[M, N]` as attention takes it."""
     attended: torch.Tensor | None = None
-    """`[B, S, Hq, D]`."""
+    """`[M, Hq D]`."""
     rest: Any = None
     """What else the attention's backward needs."""
     out_xa: torch.Tensor | None = None
@@ -100,6 +116,8 @@ class Kept:
     lowered: torch.Tensor | None = None
     """`[M, H]` before the norm after the MLP, where there is one."""
     lowered_rstd: torch.Tensor | None = None
+    parts: list[Part] | None = None
+    """Of each group of heads, in place of `raw_qkv`, `qkv`, `attended` and `rest`."""
 
     def reduce(self, keep: Keep, layer: Layer) -> None:
         """Drop what `keep` does not keep."""
@@ -109,7 +127,7 @@ class Kept:
                 self.gate_up_xa = None
         if keep < Keep.QKV:
             self.raw_qkv = self.qkv = None
-            if layer.qkv.border:
+            if layer.qkv.border and not layer.group:
                 self.qkv_xa = None
         elif layer.head_norm is not None:
             self.qkv = None  # made again from the raw one in a pass over it
@@ -117,15 +135,28 @@ class Kept:
             self.middle = None
         if keep < Keep.ATTENTION:
             self.attended = self.rest = None
+        if layer.group and keep < Keep.MIDDLE:
+            # Where memory is so short, `x A^T` is computed again with what it comes from.
+            self.out_xa = self.down_xa = self.gate_up_xa = None
+            if keep < Keep.ATTENTION:
+                self.parts = self.qkv_xa = None
 
     def rows(self, rows: slice) -> Kept:
-        """What the MLP has of these rows: views."""
+        """What comes behind attention has of these rows: views, but for the output of groups of heads."""
 
         def of(whole: torch.Tensor | None) -> torch.Tensor | None:
             return None if whole is None else whole[rows]
 
         return Kept(
-            None, middle=of(self.middle), middle_rstd=of(self.middle_rstd), gate_up_xa=of(self.gate_up_xa),
-            gate_up=of(self.gate_up), down_xa=of(self.down_xa), lowered=of(self.lowered),
-            lowered_rstd=of(self.lowered_rstd),
+            of(self.x), attended=self.joined(rows), out_xa=of(self.out_xa), projected=of(self.projected),
+            projected_rstd=of(self.projected_rstd), middle=of(self.middle), middle_rstd=of(self.middle_rstd),
+            gate_up_xa=of(self.gate_up_xa), gate_up=of(self.gate_up), down_xa=of(self.down_xa),
+            lowered=of(self.lowered), lowered_rstd=of(self.lowered_rstd),
         )  # fmt: skip
+
+    def joined(self, rows: slice) -> torch.Tensor | None:
+        """Attention's output of some rows, `[m, Hq D]`."""
+        if self.attended is not None:
+            return self.attended[rows]
+        found = [part.attended[rows] for part in self.parts or () if part.attended is not None]
+        return torch.cat(found, dim=1) if found else None

@@ -9,9 +9,9 @@ import torch
 
 from ftcore.specs import Level
 from ftcore_kernels.layers.decoder.graphs import Graphs
-from ftcore_kernels.layers.decoder.host import Host, host_of
+from ftcore_kernels.layers.decoder.host import Host, busy_host, host_of
 from ftcore_kernels.layers.decoder.keep import Keep
-from ftcore_kernels.layers.decoder.linear import border_for
+from ftcore_kernels.layers.decoder.linear import border_for, padded_rank
 from ftcore_kernels.layers.decoder.sources import is_nf4
 from ftcore_kernels.layers.decoder.tiles import rows_of_a_tile
 
@@ -25,6 +25,12 @@ WORK_OF_A_BYTE = 30_000
 """Floating-point operations in the time that a byte takes to host memory: 600 TFLOP/s against 20 GB/s, while an H100
 has 25 to 50 GB/s; slower GPUs have more time."""
 
+IN_A_GROUP = 5 * 2**28
+"""Bytes of the backward through attention of a group of heads: two key-value heads of an 8B model at 65,536 tokens."""
+
+SAVED = 2**30
+"""Bytes that groups have to save: they take a few launches more for each, and norms and projections once more."""
+
 
 class Recompute:
     """Carried by every patched layer as `ftcore_recompute`; `memory` sets `choose`."""
@@ -33,6 +39,7 @@ class Recompute:
         self.choose: Callable[[int, int], int] | None = None
         self.may_record = True
         self.away = False
+        self.inside = False
         self.tiled = False
         self.graphs: Graphs | None = None
         bases = [[getattr(linear, "base_layer", linear) for linear in group] for group in groups]
@@ -42,6 +49,11 @@ class Recompute:
         """Columns beside the query-key-value and the gate-and-up product."""
         self._heads = self._attended // head_dim
         self._sandwich = sandwich
+        # With a border, the `x A^T` of the two wide products are columns of what is counted elsewhere.
+        shrunk = [groups[1], groups[3]]
+        shrunk += [group for group, border in zip((groups[0], groups[2]), self._borders, strict=True) if not border]
+        self._beside = 4 * (4 if sandwich else 2) + 2 * sum(len(group) * _rank(group) for group in shrunk)
+        """Bytes a token that every level keeps besides the input: of each norm a number, and rows of `x A^T`."""
         self._mlp = [*bases[2], *bases[3]]
         self._quantized = is_nf4(bases[0][0])
         """Whether the products' weights are dequantized for a while."""
@@ -67,12 +79,18 @@ class Recompute:
         return Keep(1 + self.choose(hidden.shape[0], hidden.shape[1]))
 
     def host(self, hidden: torch.Tensor) -> Host | None:
-        """Where the input waits for the backward, if not on the GPU."""
-        return host_of(hidden.device) if self.away and torch.is_grad_enabled() else None
+        """Where inputs wait for the backward, if this layer's or those of layers before it are not on the GPU."""
+        if not torch.is_grad_enabled():
+            return None
+        return host_of(hidden.device) if self.away else busy_host(hidden.device)
+
+    def input_bytes(self, rows: int, length: int) -> int:
+        """Bytes of the input, in 16 bits."""
+        return 2 * rows * length * self._hidden
 
     def moved(self, rows: int, length: int) -> int:
         """Bytes of the input, where a copy is over before the layer is; 0 where it is not."""
-        size = 2 * rows * length * self._hidden
+        size = self.input_bytes(rows, length)
         work = rows * length * (2 * self._hidden * (self._qkv + self._attended + 1.5 * self._gate_up))
         return size if work >= WORK_OF_A_BYTE * size else 0
 
@@ -81,7 +99,7 @@ class Recompute:
         tokens = rows * length
         attended = 2 * self._attended + 4 * self._heads
         qkv, gate_up = self._qkv + self._borders[0], self._gate_up + self._borders[1]
-        widths = [2 * self._hidden, attended, 2 * self._hidden, 2 * qkv, 2 * gate_up]
+        widths = [2 * self._hidden + self._beside, attended, 2 * self._hidden, 2 * qkv, 2 * gate_up]
         if self._sandwich:
             widths[4] += 4 * self._hidden  # the inputs of the two norms after attention and MLP
         products = [
@@ -112,6 +130,32 @@ class Recompute:
         tile = rows_of_a_tile(tokens, self._mlp_width)
         return tile if tile and self._in_tiles(tokens, tile) < self._whole(tokens) else 0
 
+    def group(self, hidden: torch.Tensor) -> int:
+        """Key-value heads of a group that attention of a batch `[B, S, H]` is computed in; 0 where it is whole."""
+        tokens = hidden.shape[0] * hidden.shape[1]
+        return self._group(tokens, self._tile(tokens)) if self.tiled and torch.is_grad_enabled() else 0
+
+    def _group(self, tokens: int, tile: int) -> int:
+        """Where attention is long enough to hide the work that is done again, and it saves much memory."""
+        group = max(IN_A_GROUP // (2 * tokens * self._of_a_head), 1) if tile else self._kv_heads
+        if group >= self._kv_heads:
+            return 0
+        return group if self._in_tiles(tokens, tile) - self._in_groups(tokens, tile, group) >= SAVED else 0
+
+    @property
+    def _kv_heads(self) -> int:
+        return (self._qkv - self._attended) // (2 * self._attended // self._heads)
+
+    @property
+    def _of_a_head(self) -> int:
+        """Columns of the backward through attention of a key-value head and its queries, besides all heads' output.
+
+        Queries, keys and values three times: as the product left them, for a norm of heads, turned, and their
+        gradients; the output's gradient; the sums of the queries' gradient in 32 bits; keys' and values' for each query
+        head. The output of the group before is gone when there is a gradient of the normalised input.
+        """
+        return (3 * self._qkv + 4 * self._attended) // self._kv_heads
+
     @property
     def _mlp_width(self) -> int:
         return self._gate_up + self._borders[1]
@@ -120,6 +164,8 @@ class Recompute:
         """Bytes that one backward holds at its peak besides what was kept: counted from the steps."""
         tokens = rows * length
         tile = self._tile(tokens) if tiled else 0
+        if group := self._group(tokens, tile):
+            return self._in_groups(tokens, tile, group)
         return self._in_tiles(tokens, tile) if tile else self._whole(tokens)
 
     def _whole(self, tokens: int) -> int:
@@ -140,7 +186,25 @@ class Recompute:
         held = (self._qkv + self._attended) * self._hidden if self._quantized else 0
         return max(mlp, 2 * tokens * self._attention) + 2 * held
 
+    def _in_groups(self, tokens: int, tile: int, group: int) -> int:
+        """The same with attention in groups of heads: see `heads.backward`. The incoming gradient is written over."""
+        sandwich = int(self._sandwich) * self._hidden
+        of_a_tile = self._gate_up + self._gate_up // 2 + 6 * self._hidden + self._attended
+        gradients = self._attended + self._hidden + sandwich
+        mlp = (3 * self._gate_up // 2 + self._attended) * self._hidden
+        behind = 2 * (tile * of_a_tile + tokens * gradients + (mlp if self._quantized else 0))
+        if any(base.weight.requires_grad for base in self._mlp):
+            behind += 6 * mlp
+        held = (self._qkv + self._attended) * self._hidden if self._quantized else 0
+        columns = gradients + self._hidden + group * self._of_a_head + 3 * self._borders[0]
+        return max(behind, 2 * (tokens * columns + held))
+
     @property
     def _attention(self) -> int:
         """Columns of the backward through attention."""
         return 3 * self._qkv + 2 * self._attended + 3 * self._hidden
+
+
+def _rank(group: Sequence[Any]) -> int:
+    """The rank that the kernels compute a product's LoRA with."""
+    return padded_rank([rank for module in group for rank in getattr(module, "r", {}).values()])

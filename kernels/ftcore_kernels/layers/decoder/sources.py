@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from ftcore_kernels.layers.uncovered import Uncovered
+from ftcore_kernels.reference.nf4_dequantize import AbsmaxState
+from ftcore_kernels.reference.nf4_rows import Packed
 
 
 class Source(NamedTuple):
@@ -61,6 +63,16 @@ def is_nf4(base: nn.Module) -> bool:
     """Whether bitsandbytes holds the weight as NF4."""
     state = getattr(base.weight, "quant_state", None)
     return state is not None and getattr(state, "quant_type", None) == "nf4"
+
+
+def packed(base: nn.Module) -> Packed:
+    """The weight of a module that `is_nf4`."""
+    weight: Any = base.weight
+    state, nested = weight.quant_state, None
+    if state.nested:
+        inner = state.state2
+        nested = AbsmaxState(inner.code, inner.absmax, state.offset, inner.blocksize)
+    return Packed(weight.data, state.absmax, state.shape, state.blocksize, nested)
 
 
 def is_fp8(base: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ftcore_kernels.layers.decoder import mlp, tiles
+from ftcore_kernels.layers.decoder import heads, middle, mlp, tiles
 from ftcore_kernels.layers.decoder.dense import Dense
 from ftcore_kernels.layers.decoder.gradients import Gradients
 from ftcore_kernels.layers.decoder.keep import Keep
@@ -27,10 +27,19 @@ def forward(layer: Layer, x: torch.Tensor, keep: Keep = Keep.ALL) -> tuple[torch
     """
     ops, dense, kept = layer.ops, Dense(layer.ops), Kept(x)
     normed, kept.input_rstd = ops.norm(x, layer.input_norm)
-    _project_heads(layer, kept, normed, dense)
-    del normed
-    _attend(layer, kept)
-    normed = _to_middle(layer, kept, dense)
+    if layer.group:
+        heads.attend(layer, kept, normed, dense, keep)
+        del normed
+        if keep < Keep.MIDDLE:
+            return tiles.forward(layer, kept, None, dense, keep), kept
+        kept.attended = kept.joined(slice(None))
+        normed = middle.forward(layer, kept, dense)
+        kept.attended = None
+    else:
+        _project_heads(layer, kept, normed, dense)
+        del normed
+        _attend(layer, kept)
+        normed = middle.forward(layer, kept, dense)
     if layer.tile:
         return tiles.forward(layer, kept, normed, dense, keep), kept
     mlp.gate_up(layer, kept, normed, dense)
@@ -63,24 +72,8 @@ def _heads(layer: Layer, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _attend(layer: Layer, kept: Kept) -> None:
     assert kept.qkv is not None
-    kept.attended, kept.rest = layer.attention.forward(*_heads(layer, kept.qkv))
-
-
-def _to_middle(layer: Layer, kept: Kept, dense: Dense) -> torch.Tensor:
-    """From attention to the residual stream before the MLP; returns that normalised."""
-    assert kept.attended is not None
-    attended = kept.attended.view(kept.x.shape[0], -1)
-    if layer.attention_norm is not None:
-        kept.projected, kept.out_xa = mlp.output(layer, layer.out, attended, kept.out_xa, dense)
-        y, kept.projected_rstd = layer.ops.norm(kept.projected, layer.attention_norm)
-        kept.middle, normed, kept.middle_rstd = layer.ops.add_norm(kept.x, y, layer.middle_norm)
-    elif layer.out.rank:
-        kept.middle, kept.out_xa = mlp.output(layer, layer.out, attended, kept.out_xa, dense, kept.x)
-        normed, kept.middle_rstd = layer.ops.norm(kept.middle, layer.middle_norm)
-    else:
-        y, _ = layer.out.product(attended, dense)
-        kept.middle, normed, kept.middle_rstd = layer.ops.add_norm(kept.x, y, layer.middle_norm)
-    return normed
+    out, kept.rest = layer.attention.forward(*_heads(layer, kept.qkv))
+    kept.attended = out.reshape(kept.qkv.shape[0], -1)
 
 
 def complete(layer: Layer, kept: Kept, dense: Dense) -> None:
@@ -95,8 +88,8 @@ def complete(layer: Layer, kept: Kept, dense: Dense) -> None:
     if kept.attended is None:
         _attend(layer, kept)
     normed = None
-    if kept.middle is None or (layer.attention_norm is not None and kept.projected is None):
-        normed = _to_middle(layer, kept, dense)
+    if middle.missing(layer, kept):
+        normed = middle.forward(layer, kept, dense)
     if not layer.tile:
         mlp.complete(layer, kept, dense, normed)
 
@@ -112,13 +105,17 @@ def backward(
     """The gradient of the layer's input `[M, H]`, if wanted, in memory of its own or `into`.
 
     Those of what is trained go to `grads`.
+
+    :param into: Memory that is written to in any case; that of `dout`, if nobody else reads it, spares the most.
     """
+    if layer.group:
+        return heads.backward(layer, kept, dout, grads, dx_wanted, into)
     dense = Dense(layer.ops)
     dense.hold = True
     complete(layer, kept, dense)
     dense.hold = False
     of_mlp = tiles.backward if layer.tile else mlp.backward
-    dmiddle = of_mlp(layer, kept, dout, grads, dense)
+    dmiddle = of_mlp(layer, kept, dout, grads, dense, into)
     kept.middle = None
     dqkv, dxa = _attention_backward(layer, kept, dmiddle, grads, dense)
     ops, wants_input = layer.ops, layer.qkv.wants_input
@@ -127,7 +124,7 @@ def backward(
     if dx_wanted or trained:
         dnormed = layer.qkv.product_grad(dqkv, dense, dxa)
         dx, dweight = ops.norm_backward(
-            dnormed, kept.x, kept.input_rstd, layer.input_norm, dmiddle, into=dmiddle if into is None else into,
+            dnormed, kept.x, kept.input_rstd, layer.input_norm, dmiddle, into=dmiddle,
             normed=wants_input, weight_grad=trained,
         )  # fmt: skip
         grads[layer.input_norm.weight] = dweight  # type: ignore[index]
@@ -141,21 +138,13 @@ def _attention_backward(
     layer: Layer, kept: Kept, dmiddle: torch.Tensor, grads: Gradients, dense: Dense
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradients of the fused product's output `[M, N]` and of its `x A^T`."""
-    dprojected = dmiddle
-    if layer.attention_norm is not None:
-        dprojected, dweight = layer.ops.norm_backward(
-            dmiddle, kept.projected, kept.projected_rstd, layer.attention_norm,
-            weight_grad=layer.attention_norm.weight.requires_grad,
-        )  # fmt: skip
-        grads[layer.attention_norm.weight] = dweight  # type: ignore[index]
-        kept.projected = None
     assert kept.attended is not None and kept.qkv is not None
-    dxa = layer.out.shrink_grad(dprojected, kept.out_xa, grads, layer.ops.lora_grads)
+    dprojected, dxa = middle.backward(layer, kept, dmiddle, grads)
     dattended = layer.out.product_grad(dprojected, dense, dxa)
-    layer.out.gradients(grads, dprojected, kept.attended.view(dmiddle.shape[0], -1), dxa)
     del dprojected
+    shape = layer.batch, layer.length, layer.heads.q, layer.heads.dim
     dq, dk, dv = layer.attention.backward(
-        dattended.view(kept.attended.shape), *_heads(layer, kept.qkv), kept.attended, kept.rest
+        dattended.view(shape), *_heads(layer, kept.qkv), kept.attended.view(shape), kept.rest
     )
     del dattended
     kept.attended = kept.rest = kept.qkv = None

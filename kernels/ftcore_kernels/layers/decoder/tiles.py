@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ftcore_kernels.layers.decoder import mlp
+from ftcore_kernels.layers.decoder import middle, mlp
 from ftcore_kernels.layers.decoder.dense import Dense
 from ftcore_kernels.layers.decoder.gradients import Gradients, Sums
 from ftcore_kernels.layers.decoder.keep import Keep
@@ -36,33 +36,43 @@ def rows_of_a_tile(tokens: int, width: int) -> int:
     return -(-tokens // (number * MULTIPLE)) * MULTIPLE  # all alike
 
 
-def forward(layer: Layer, kept: Kept, normed: torch.Tensor, dense: Dense, keep: Keep) -> torch.Tensor:
-    """The layer's output `[M, H]`; of the MLP, only what `keep` keeps is left in `kept`."""
-    out, found = torch.empty_like(normed), Kept(None)
-    everything = keep is Keep.ALL
-    with dense.held(layer.gate_up, layer.down):
+def forward(layer: Layer, kept: Kept, normed: torch.Tensor | None, dense: Dense, keep: Keep) -> torch.Tensor:
+    """The layer's output `[M, H]`; of the MLP, only what `keep` keeps is left in `kept`.
+
+    :param normed: The MLP's input; None makes it tile by tile as well, and leaves nothing of the residual stream.
+    """
+    out, found = torch.empty_like(kept.x), Kept(None)
+    everything = keep is Keep.ALL and normed is not None
+    with dense.held(layer.out, layer.gate_up, layer.down):
         if everything:
             mlp.gate_up(layer, kept, normed, dense)
-        for rows in _tiles(layer, normed.shape[0]):
+        for rows in of(layer.tile, out.shape[0]):
             part = kept.rows(rows)
             if not everything:
-                mlp.gate_up(layer, part, normed[rows], dense)
+                entry = middle.forward(layer, part, dense) if normed is None else normed[rows]
+                mlp.gate_up(layer, part, entry, dense)
+                del entry
             mlp.lower(layer, part, mlp.activation(layer, part), dense, into=out[rows])
             part.gate_up = None
-            found.down_xa = _put(found.down_xa, part.down_xa, rows, out)
+            found.down_xa = put(found.down_xa, part.down_xa, rows, out)
             if everything:
-                found.lowered = _put(found.lowered, part.lowered, rows, out)
-                found.lowered_rstd = _put(found.lowered_rstd, part.lowered_rstd, rows, out)
+                found.lowered = put(found.lowered, part.lowered, rows, out)
+                found.lowered_rstd = put(found.lowered_rstd, part.lowered_rstd, rows, out)
     # Not before: what a part finds there it takes for its own.
     kept.down_xa, kept.lowered, kept.lowered_rstd = found.down_xa, found.lowered, found.lowered_rstd
     return out
 
 
-def backward(layer: Layer, kept: Kept, dout: torch.Tensor, grads: Gradients, dense: Dense) -> torch.Tensor:
-    """The gradient of the residual stream before the MLP, `[M, H]`; what was not kept is computed again."""
-    dmiddle, sums = torch.empty_like(dout), Sums()
+def backward(
+    layer: Layer, kept: Kept, dout: torch.Tensor, grads: Gradients, dense: Dense, into: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The gradient of the residual stream before the MLP, `[M, H]`; what was not kept is computed again.
+
+    :param into: Memory for the result; may be `dout`.
+    """
+    dmiddle, sums = torch.empty_like(dout) if into is None else into, Sums()
     with dense.held(layer.gate_up, layer.down):
-        for rows in _tiles(layer, dout.shape[0]):
+        for rows in of(layer.tile, dout.shape[0]):
             part = kept.rows(rows)
             mlp.complete(layer, part, dense)
             mlp.backward(layer, part, dout[rows], sums, dense, into=dmiddle[rows])
@@ -71,11 +81,13 @@ def backward(layer: Layer, kept: Kept, dout: torch.Tensor, grads: Gradients, den
     return dmiddle
 
 
-def _tiles(layer: Layer, number: int) -> Iterator[slice]:
-    return (slice(first, min(first + layer.tile, number)) for first in range(0, number, layer.tile))
+def of(tile: int, number: int) -> Iterator[slice]:
+    """So many rows in tiles; in one if `tile` is 0."""
+    tile = tile or max(number, 1)
+    return (slice(first, min(first + tile, number)) for first in range(0, number, tile))
 
 
-def _put(whole: torch.Tensor | None, part: torch.Tensor | None, rows: slice, like: torch.Tensor) -> torch.Tensor | None:
+def put(whole: torch.Tensor | None, part: torch.Tensor | None, rows: slice, like: torch.Tensor) -> torch.Tensor | None:
     """A tile's rows in their place in the whole, which is made for the first one."""
     if part is None:
         return None

@@ -18,6 +18,7 @@ def run(work: RollWork) -> dict[str, Any]:
     from ftcore import hooks as h
     from ftcore.answers import evaluating
     from ftcore.api import validated
+    from ftcore_kernels.decoding import weights
     from ftcore_kernels.decoding.requests import Request
 
     words = [*model_words(work), "+trainer=grpo", "generator=fast"]
@@ -26,6 +27,7 @@ def run(work: RollWork) -> dict[str, Any]:
         loaded = pipeline.load(hooks, plan)
         generator: Any = hooks.first(h.ftcore_make_generator, plan=plan, model=loaded.model, tokenizer=loaded.tokenizer)
     shaken(loaded.model)
+    weights.PREFERRED = work.weights or weights.PREFERRED
     prompts, lengths = work.prompts(loaded.model.config.get_text_config().vocab_size), work.lengths()
     sampling = Sampling(max_new_tokens=work.new, temperature=0.0)
 

@@ -164,7 +164,7 @@ class PlainVarlen:
 class Branched:
     """Attention of the protocol :class:`kernels.Attention` over :class:`Branches`; `[1, H, S, D]` only."""
 
-    recordable = False
+    recordable, by_heads = False, True
 
     def __init__(self, scale: float, branches: Branches, varlen: Varlen | None = None) -> None:
         self.scale, self._varlen, self._shared = scale, varlen or FlashVarlen(), branches.shared

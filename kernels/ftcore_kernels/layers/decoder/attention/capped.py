@@ -21,7 +21,7 @@ SCORES = 2**23
 class Capped:
     """`softmax(cap tanh(scale q k^T / cap)) v`, causal, with a sliding window and with several documents in a row."""
 
-    recordable = True
+    recordable = by_heads = True
 
     def __init__(self, scale: float, cap: float, window: int | None, documents: Documents | None) -> None:
         self.scale, self.cap, self.window = scale, cap, window

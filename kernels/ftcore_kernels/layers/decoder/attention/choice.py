@@ -27,6 +27,8 @@ SDPA = "ftcore_sdpa"
 EAGER = "ftcore_eager"
 """Likewise, of the family's eager attention."""
 BASES = {SDPA: "sdpa", EAGER: "eager"}
+BY_HEADS = frozenset({*BASES, *BASES.values(), "flash_attention_2", "flash_attention_3"})
+"""Attentions of transformers that treat all heads alike."""
 
 
 def choose(
@@ -52,7 +54,9 @@ def choose(
                 return kernel
             if window is None and documents is None:
                 return Differentiated(lambda q, k, v: _causal(q, k, v, module.scaling))
-    return Differentiated(_of_transformers(module, mask, softcap, options))
+    # Somebody else's attention may know its heads by number, and a mask may be another for each.
+    alike = name in BY_HEADS and (not isinstance(mask, torch.Tensor) or mask.dim() < 2 or mask.shape[1] == 1)
+    return Differentiated(_of_transformers(module, mask, softcap, options), alike)
 
 
 def fused(

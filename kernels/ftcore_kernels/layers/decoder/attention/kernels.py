@@ -19,6 +19,8 @@ class Attention(Protocol):
     """Whether its launches are the same for every batch of a shape, so that a CUDA graph may hold them."""
     tables: tuple[torch.Tensor, ...]
     """What it reads besides and what is another for every batch: a graph gives it a place of its own."""
+    by_heads: bool
+    """Whether it may be given some key-value heads and their queries at a time."""
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
         """The output `[B, S, Hq, D]`, contiguous, and what the backward needs besides it."""
@@ -34,7 +36,7 @@ class Attention(Protocol):
 class Cudnn:
     """cuDNN's fused attention: causal, no mask."""
 
-    recordable = True
+    recordable = by_heads = True
     tables: tuple[torch.Tensor, ...] = ()
 
     def __init__(self, scale: float) -> None:
@@ -63,7 +65,7 @@ class Cudnn:
 class Flash:
     """FlashAttention: causal, no mask, with a sliding window, with several documents in a row, or with both."""
 
-    recordable = True
+    recordable = by_heads = True
 
     def __init__(self, scale: float, window: int | None = None, documents: Documents | None = None) -> None:
         self.scale = scale
@@ -117,8 +119,10 @@ class Differentiated:
     recordable = False
     tables: tuple[torch.Tensor, ...] = ()
 
-    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-        self.function = function
+    def __init__(
+        self, function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor], by_heads: bool = True
+    ) -> None:
+        self.function, self.by_heads = function, by_heads
 
     def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
         """As the protocol."""
