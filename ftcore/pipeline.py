@@ -92,8 +92,9 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         folder.show_patches(loaded.patches)
         watch.lap("load")
 
-        prompts = plan.run.prompts or (list(plan.format.sample_prompts) if _on_sample(plan) and plan.format else [])
         generator = hooks.maybe(h.ftcore_make_generator, plan=plan, model=model, tokenizer=tokenizer)
+        shown = plan.format.sample_prompts if generator is not None and _on_sample(plan) and plan.format else ()
+        prompts = plan.run.prompts or list(shown)
         answers = Answers(generator, model, tokenizer, plan.run.sampling)
         before = answers.to(prompts, continues)
         watch.lap("answers_before")

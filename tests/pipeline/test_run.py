@@ -49,6 +49,11 @@ def test_the_recorded_config_is_the_config(tiny_run) -> None:
     assert yaml.safe_load(to_yaml(first)) == {**recorded, "run": str(result.output_dir)}
 
 
+def test_nobody_writes_answers_where_there_is_no_generator(tiny_run) -> None:
+    result = tiny_run("~generator")
+    assert result.answers == []
+
+
 def test_same_seed_same_run(tiny_run) -> None:
     one, two = tiny_run("output_dir=one"), tiny_run("output_dir=two")
     assert one.metrics["loss_last"] == two.metrics["loss_last"]
