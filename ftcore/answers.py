@@ -104,12 +104,13 @@ class Answers:
         """As the config says; what it does not say is as the checkpoint's generation config has it."""
         asked, own = self._settings, getattr(self._model, "generation_config", None)
         top_k = getattr(own, "top_k", None)
+        greedy = asked.temperature == 0  # the likeliest token is among any number of them
         return Sampling(
             max_new_tokens=asked.max_new_tokens,
             temperature=asked.temperature,
             top_p=asked.top_p,
-            top_k=TOP_K if top_k is None else top_k,
-            min_p=getattr(own, "min_p", None) or 0.0,
+            top_k=0 if greedy else TOP_K if top_k is None else top_k,
+            min_p=0.0 if greedy else getattr(own, "min_p", None) or 0.0,
             repetition_penalty=getattr(own, "repetition_penalty", None) or 1.0,
         )
 
