@@ -1,7 +1,9 @@
 """GPUs by name, as far as a forecast of time needs to know them. `cards.json` has the vendors' figures.
 
 `tflops` are dense products in 16 bits with sums in 32, `bandwidth` and `host` (host memory, one way) GB/s, `memory` GB
-as the vendor counts it. `host` is what a large copy reaches, not the bus's own figure.
+as the vendor counts it. `there` is the GiB that PyTorch finds of it, less where error correction takes a part: of RTX
+4090 and 5090, L40S and H200 as its messages have it, rounded down, of the others an estimate. `host` is what a large
+copy reaches, not the bus's own figure.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from typing import Any
 
 from ftcore.device import Device
 
+OTHERS = frozenset({"pcie", "nvl", "mig", "laptop", "ti", "d"})
+"""Words that make a GPU another one than the card whose name is in its name."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -21,7 +26,9 @@ class Card:
 
     name: str
     memory: float
-    """GiB, nearly."""
+    """GB by its name."""
+    there: float
+    """GiB that a program finds."""
     flops: float
     """Floating-point operations a second of 16-bit products."""
     bandwidth: float
@@ -35,17 +42,21 @@ def cards() -> dict[str, Card]:
     """All that are known, by name."""
     found = json.loads(Path(__file__).with_name("cards.json").read_text(encoding="utf-8"))
     return {
-        name: Card(name, of["memory"], of["tflops"] * 1e12, of["bandwidth"] * 1e9, of["host"] * 1e9)
+        name: Card(name, of["memory"], of["there"], of["tflops"] * 1e12, of["bandwidth"] * 1e9, of["host"] * 1e9)
         for name, of in found.items()
     }
 
 
 def called(name: str) -> Card | None:
     """The card that a name means: all words of the card's are in it, in any case, as in `NVIDIA H100 80GB HBM3`."""
-    words = set(name.casefold().replace("-", " ").split())
+    words = set(_words(name))
     exact = [card for card in cards().values() if set(card.name.casefold().split()) <= words]
     # Of one name with several sizes, or forms, the first that has the asked-for words.
     return next(iter(exact or [card for card in cards().values() if _model(card) in words]), None)
+
+
+def _words(name: str) -> list[str]:
+    return name.casefold().replace("-", " ").split()
 
 
 def of_size(gibibytes: float) -> Card:
@@ -55,7 +66,8 @@ def of_size(gibibytes: float) -> Card:
 
 def present(device: Device) -> Card:
     """This machine's GPU, by its name, or else measured."""
-    return called(device.name) or measured(device.name)
+    other = OTHERS & set(_words(device.name))
+    return (None if other else called(device.name)) or measured(device.name)
 
 
 @functools.cache
@@ -74,7 +86,7 @@ def measured(name: str) -> Card:
     )
     bytes_ = a.numel() * a.element_size()
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return Card(name, memory, 2 * size**3 / product, 2 * bytes_ / copied, bytes_ / moved)
+    return Card(name, memory, memory, 2 * size**3 / product, 2 * bytes_ / copied, bytes_ / moved)
 
 
 def _seconds(torch: Any, work: Any, times: int = 20) -> float:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ftcore import host_memory
 from ftcore.catalog import installed
 from ftcore.config import Graphs, Memory
 from ftcore.memory import (
     HOST_PART,
     OFFLOADED,
     head_bytes,
+    host_room,
     host_weights_of,
     layers_that_choose,
     micro_batch,
@@ -53,8 +53,8 @@ def free(gibibytes: float) -> int:
 def host_free(plan: Plan, memory: Memory) -> int:
     """Bytes of host memory for the inputs of layers: of `host_memory`, or of what this machine has."""
     asked = plan.run.host_memory
-    there = host_memory.available() if asked is None else int(asked * 2**30)
-    return int((OFFLOADED if memory is Memory.offload else HOST_PART) * there)
+    part = OFFLOADED if memory is Memory.offload else HOST_PART
+    return host_room(part) if asked is None else int(part * asked * 2**30)
 
 
 @dataclass(frozen=True)

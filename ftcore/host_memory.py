@@ -45,10 +45,11 @@ def _left_by_groups() -> Iterator[int]:
             if most == "max":
                 continue
             taken = int((folder / used).read_text(encoding="utf-8"))
-            # Pages of files that nobody looked at lately are given up before anything else is refused.
+            # Pages of files are given up before anything else is refused.
             lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
             fields = dict(line.split() for line in lines if line)
-            yield max(int(most) - taken + int(fields.get(cache, 0)), 0)
+            cached = sum(int(fields.get(cache.format(kind), 0)) for kind in ("active", "inactive"))
+            yield max(int(most) - taken + cached, 0)
         except (OSError, ValueError):
             continue
 
@@ -62,9 +63,9 @@ def _groups() -> Iterator[tuple[Path, str, str, str]]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            found = CGROUPS, "memory.max", "memory.current", "inactive_file"
+            found = CGROUPS, "memory.max", "memory.current", "{}_file"
         elif "memory" in controllers.split(","):
-            found = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            found = CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}_file"
         else:
             continue
         folder, *names = found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -28,22 +30,34 @@ LEAN = (Memory.least, Memory.offload)
 """Every layer keeps its input only, or not even that, and works in tiles of rows."""
 
 
+@dataclass(frozen=True)
+class Applied:
+    """What a model carries as `ftcore_memory`, for who has to say what fits it."""
+
+    mode: Memory
+    state: int = 8
+    """Bytes of optimizer state for each trained parameter."""
+    there: Callable[[], int] = available
+    """Bytes of host memory that were there when it was first asked for: before any input was."""
+
+
 def apply(plan: Plan, model: Any) -> bool:
     """Do what `memory` asks for, on layers that choose what they keep and on others; returns whether any recomputes.
 
     Layers whose kernel recomputes by itself are told how much to keep; the others are checkpointed whole, if at all.
     """
     chosen = layers_that_choose(model)
-    mode = model.ftcore_memory = plan.run.memory
+    mode, there = plan.run.memory, functools.cache(available)
+    model.ftcore_memory = Applied(mode, optimizer_bytes(plan), there)
     on_gpu = plan.device.kind == "cuda"
     if chosen and mode in LEAN:
         free = room(plan, model, chosen) if on_gpu else _all_there_is
-        host = functools.cache(partial(host_room, OFFLOADED)) if mode is Memory.offload else _none
+        host = partial(host_room, OFFLOADED, there) if mode is Memory.offload else _none
         Lean(chosen, free, host, _say, last=_least_of_last(model, chosen[-1])).attach()
         if mode is Memory.offload and plan.device.kind == "cuda":
             leave_in_host_memory(plan, model)
     elif chosen and mode is Memory.auto and on_gpu:
-        Planner(chosen, room(plan, model, chosen), functools.cache(host_room), _say).attach()
+        Planner(chosen, room(plan, model, chosen), partial(host_room, HOST_PART, there), _say).attach()
     if plan.device.kind == "cuda" and plan.run.graphs is Graphs.auto:
         for before, layer in zip([None, *chosen], chosen, strict=False):
             layer.follow(before)
@@ -194,9 +208,12 @@ OFFLOADED = 0.9
 """The same where it was asked for."""
 
 
-def host_room(part: float = HOST_PART) -> int:
-    """Bytes of host memory that inputs of layers may fill, before any do."""
-    return int(part * available())
+def host_room(part: float, there: Callable[[], int] = available) -> int:
+    """Bytes of host memory that inputs of layers may fill, in each of the host's processes.
+
+    :param there: Bytes that the host has.
+    """
+    return int(part * there() / max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1))
 
 
 def _allocated() -> int:

@@ -26,7 +26,7 @@ def show(plan: Plan, model: Any) -> None:
     size = gibibytes(plan)
     if size is None or plan.run.trainer is None:
         return
-    heading(f"Memory of a GPU of {size:.0f} GiB (a forecast)")
+    heading(f"Memory of a GPU of {round(size, 1):g} GiB (a forecast)")
     forecast = Forecast.of(plan, model)
     if isinstance(forecast, str):
         note(f"  none: {forecast}")
@@ -47,7 +47,7 @@ def gibibytes(plan: Plan) -> float | None:
     if run.gpu_memory is not None:
         return run.gpu_memory
     if run.gpu is not None and (card := called(run.gpu)) is not None:
-        return card.memory
+        return card.there
     return plan.device.memory / 2**30 if plan.device.kind == "cuda" else None
 
 

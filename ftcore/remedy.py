@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ftcore.config import Memory
-from ftcore.memory import OFFLOADED, budget, host_room, layers_that_choose
+from ftcore.memory import OFFLOADED, Applied, budget, host_room, layers_that_choose
 from ftcore.report import size
 from ftcore.store import sizes, stored
 
@@ -16,20 +16,21 @@ LONGEST = 2**23
 LOWER = "lower trainer.micro_batch or trainer.max_length"
 
 
-def remedy(model: Any, state: int = 0, of_host: bool = False) -> str:
+def remedy(model: Any, stepped: bool = True, of_host: bool = False) -> str:
     """For a model that `memory` was applied to, once the batch that did not fit is gone.
 
-    :param state: Bytes of optimizer state for each trained parameter that are still to come.
+    :param stepped: Whether the optimizer has its state already.
     :param of_host: Whether it was the host's memory that was short.
     """
     import torch
 
-    mode, layers = getattr(model, "ftcore_memory", Memory.auto), layers_that_choose(model)
+    applied, layers = getattr(model, "ftcore_memory", Applied(Memory.auto)), layers_that_choose(model)
+    mode, state = applied.mode, 0 if stepped else applied.state
     if of_host:
         return f"set memory=least, which leaves nothing in host memory, or {LOWER}"
     if not torch.cuda.is_available() or not layers:
         return LOWER if mode in (Memory.least, Memory.offload) else f"set memory=least, or {LOWER}"
-    longest = longest_row(model, layers, state)
+    longest = longest_row(model, layers, state, host_room(OFFLOADED, applied.there))
     if longest == 0:
         return f"free some of the GPU, or take a smaller model: with {size(_free(model, layers, state))} no row fits"
     fits = f"longest row that fits: {longest:,} tokens"
@@ -38,9 +39,11 @@ def remedy(model: Any, state: int = 0, of_host: bool = False) -> str:
     return f"set memory=offload ({fits}), or {LOWER}"
 
 
-def longest_row(model: Any, layers: list[Any], state: int) -> int:
-    """Tokens of the longest single row that `memory=offload` has room for now; 0 if it has for none."""
-    host = host_room(OFFLOADED)
+def longest_row(model: Any, layers: list[Any], state: int, host: int) -> int:
+    """Tokens of the longest single row that `memory=offload` has room for now; 0 if it has for none.
+
+    :param host: Bytes of host memory for inputs.
+    """
 
     def fits(length: int) -> bool:
         free = budget(model, layers, 1, length, state, False, None, True)

@@ -143,8 +143,8 @@ class FitsMemory(SkipsNonFinite):
         if optimizer is not None:
             self._drop_gradients()
         gc.collect()
-        state = 0 if optimizer is not None and optimizer.state else 8
-        return NoMemory(f"{said}\n    fix: {remedy(self.model, state, of_host)}")
+        stepped = optimizer is not None and bool(optimizer.state)
+        return NoMemory(f"{said}\n    fix: {remedy(self.model, stepped, of_host)}")
 
     def _rows_in(self, number: int) -> int:
         """Rows of a micro-batch of this step."""

@@ -15,8 +15,10 @@ from ftcore.config import Memory
 from ftcore.errors import FtcoreError
 from ftcore.guards.memory import is_out_of_memory
 from ftcore.host_memory import SPARE, NoHostMemory, available, need
+from ftcore.memory import Applied, host_room
 
 GIB = 2**30
+FILES = "anon 1\nactive_file 536870912\ninactive_file 536870912\n"
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_without_groups_it_is_the_machines(groups) -> None:
 @pytest.mark.parametrize(
     ("limit", "used", "stat", "left"),
     [
-        (8 * GIB, 5 * GIB, "anon 1\ninactive_file 1073741824\n", 4 * GIB),  # pages of files are given up first
+        (8 * GIB, 5 * GIB, FILES, 4 * GIB),  # pages of files are given up first
         (8 * GIB, 9 * GIB, "inactive_file 0\n", 0),
         ("max", 5 * GIB, "inactive_file 0\n", 100 * GIB),
         (800 * GIB, 5 * GIB, "inactive_file 0\n", 100 * GIB),
@@ -68,6 +70,13 @@ def test_a_limit_further_up_counts_too(groups) -> None:
 def test_the_first_version_of_control_groups(groups) -> None:
     groups("4:memory:/a/b\n0::/\n", memory__a=(6 * GIB, GIB, "total_inactive_file 0\ninactive_file 5\n"))
     assert available() == 5 * GIB
+
+
+def test_processes_of_a_host_share_it(monkeypatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert host_room(0.5, lambda: 16 * GIB) == 8 * GIB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert host_room(0.5, lambda: 16 * GIB) == 2 * GIB
 
 
 def test_what_is_not_there_is_not_taken(monkeypatch) -> None:
@@ -103,9 +112,9 @@ def model_with(mode: Memory, monkeypatch: pytest.MonkeyPatch, gpu: int, host: in
     model = torch.nn.ModuleList([torch.nn.Identity() for _ in range(8)])
     for module in model:
         module.ftcore_recompute = Layer()
-    model.ftcore_memory = mode
+    model.ftcore_memory = Applied(mode)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(remedy, "host_room", lambda part: host)
+    monkeypatch.setattr(remedy, "host_room", lambda part, there: host)
     monkeypatch.setattr(
         remedy, "budget", lambda model, layers, rows, length, *_: gpu - layers[0].workspace(rows, length)
     )
@@ -140,7 +149,7 @@ def test_a_host_without_memory_is_left_alone(monkeypatch) -> None:
 @pytest.mark.parametrize(("mode", "said"), [(Memory.auto, "set memory=least, or lower "), (Memory.least, "lower ")])
 def test_without_a_gpu_or_kernels(mode, said) -> None:
     model = torch.nn.Linear(1, 1)
-    model.ftcore_memory = mode
+    model.ftcore_memory = Applied(mode)
     assert remedy.remedy(model).startswith(said)
 
 

@@ -62,16 +62,20 @@ def test_a_card_of_a_size() -> None:
     assert of_size(79).name == "H100 SXM"
     assert of_size(1000).name == "H200"
     for card in cards.cards().values():
+        assert 0.88 * card.memory < card.there < card.memory
         assert card.flops > 1e13
         assert 1e10 <= card.host < card.bandwidth < 1e13
         assert called(card.name) == card
 
 
 def test_a_card_that_nobody_knows_is_measured(monkeypatch) -> None:
-    made = Card("B300", 288, 1e15, 1e12, 1e10)
+    made = Card("B300", 288, 268, 1e15, 1e12, 1e10)
     monkeypatch.setattr(cards, "measured", lambda name: made if name == "B300" else None)
     assert cards.present(SimpleNamespace(name="B300")) is made
     assert cards.present(SimpleNamespace(name="NVIDIA L4")).name == "L4"
+    monkeypatch.setattr(cards, "measured", lambda name: made)
+    for name in ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        assert cards.present(SimpleNamespace(name=name)) is made
 
 
 @pytest.mark.gpu
@@ -121,9 +125,9 @@ def test_the_plan_shows_every_setting(in_tmp, capsys) -> None:
 
 def test_a_named_card_brings_its_memory_and_its_pace(in_tmp, capsys) -> None:
     slow, out = said(capsys, "gpu=T4")
-    assert "Memory of a GPU of 16 GiB" in out
-    fast, out = said(capsys, "gpu=H100", "gpu_memory=16")
-    assert "Memory of a GPU of 16 GiB" in out
+    assert "Memory of a GPU of 14.5 GiB" in out
+    fast, out = said(capsys, "gpu=H100", "gpu_memory=14.5")
+    assert "Memory of a GPU of 14.5 GiB" in out
     assert "times as on a H100 SXM" in out
     assert [line[:3] for line in slow] == [line[:3] for line in fast]
     rates = [[float(line[6].strip("~ ").replace(",", "")) for line in lines] for lines in (slow, fast)]

@@ -14,7 +14,7 @@ from tensor_peaks import Live
 from torch.autograd.function import once_differentiable
 
 from ftcore.testing import maths, runs
-from ftcore_kernels.layers.decoder import heads, structure, tiles
+from ftcore_kernels.layers.decoder import heads, steps, structure, tiles
 from ftcore_kernels.layers.decoder.alone import alone
 from ftcore_kernels.layers.decoder.attention import Documents, choice, kernels
 from ftcore_kernels.layers.decoder.recompute import Recompute
@@ -347,6 +347,24 @@ def test_gradients_that_others_hold_stay(group, grouped) -> None:
         ours.zero_grad()
     for name in ("hook", "kept"):
         assert maths.apart(found[0][name], found[1][name]) <= 1e-5
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "_use_count"), reason="this PyTorch does not say who holds a tensor")
+@pytest.mark.parametrize("group", [0, 1])
+def test_every_layer_writes_over_the_gradient_of_the_one_above(group, grouped, monkeypatch) -> None:
+    """As the count of their memory has it."""
+    _, ours = pair(num_hidden_layers=4)
+    keep(ours, 0)
+    grouped(group)
+    own, into = steps.backward, []
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        into.append(kwargs["into"] is not None)
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(steps, "backward", spied)
+    manual(ours, batch())
+    assert into == [True] * 4
 
 
 @pytest.mark.skipif(not hasattr(torch.Tensor, "_use_count"), reason="this PyTorch does not say who holds a tensor")

@@ -126,6 +126,16 @@ def test_parameters_keep_name_identity_and_values(install) -> None:  # noqa: F81
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def test_a_copy_has_weights_of_its_own(two) -> None:
+    """A trainer copies a model for a reference or for a mean of its weights."""
+    stays, leaves = two
+    made = copy.deepcopy(leaves)
+    with torch.no_grad():
+        head_of(leaves.get_base_model()).weight.zero_()
+    for ask in ASKED.values():
+        assert torch.equal(ask(stays), ask(made))
+
+
 def test_a_merged_model_has_both(two) -> None:
     stays, leaves = (merge.merged_weights(model.get_base_model()) for model in two)
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(leaves)

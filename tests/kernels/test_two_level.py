@@ -238,6 +238,27 @@ def test_something_between_two_layers_ends_the_segment(again) -> None:
     assert len(again) == LAYERS - 2, "the layer behind the hook keeps its input"
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_a_layer_with_a_hook_ends_the_segment(before, again) -> None:
+    """It may write to what it sees by `data`, which torch does not notice."""
+    _, ours = models()
+
+    def hook(module: Any, args: Any, out: Any = None) -> None:
+        (args[0] if before else out).data.add_(0.5)
+
+    place = layers(ours)[3 if before else 2]
+    handle = place.register_forward_pre_hook(hook) if before else place.register_forward_hook(hook)
+    try:
+        one_level(ours)
+        expected = manual(ours, batch())
+        again.clear()
+        spread(ours, 1, 1)
+        assert_equal(manual(ours, batch()), expected)
+    finally:
+        handle.remove()
+    assert len(again) == LAYERS - 2
+
+
 def test_nobody_writes_over_an_output_unnoticed() -> None:
     _, ours = models()
     spread(ours, 1, 1)

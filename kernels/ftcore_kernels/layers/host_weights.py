@@ -35,6 +35,10 @@ class HostWeight:
         self.host.copy_(parameter.detach())
         self._held: torch.Tensor | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy has memory of its own."""
+        return HostWeight, (nn.Parameter(self.host.to(self.device, copy=True), requires_grad=False),)
+
     def address(self) -> torch.Tensor | None:
         """The same memory as a tensor of the GPU's; None where it cannot reach it."""
         if self.device.type != "cuda":

@@ -15,7 +15,7 @@ from torch import nn
 
 from ftcore import Plan, Role, bind
 from ftcore_kernels.layers.decoder.attention import Mask, reading, taken, use
-from ftcore_kernels.layers.decoder.function import run, trained
+from ftcore_kernels.layers.decoder.function import ends, run, trained
 from ftcore_kernels.layers.decoder.heads import size
 from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.parts import Ops
@@ -67,7 +67,17 @@ def forward(
         return graphs.replay(record, hidden_states, tables, kind)
     layer.tile, layer.group = recompute.tile(hidden_states), size(layer, recompute.group(hidden_states))
     host = recompute.host(hidden_states)
-    return run(layer, hidden_states, keep, host, recompute.away, recompute.inside)
+    out = run(
+        layer, hidden_states, keep, host, recompute.away, recompute.inside and not _foreign(module._forward_pre_hooks)
+    )
+    if _foreign(module._forward_hooks):
+        ends(out)
+    return out
+
+
+def _foreign(hooks: dict[int, Any]) -> bool:
+    """Whether there are hooks that may write to what passes by, unseen by autograd: transformers' own only collect."""
+    return any(getattr(hook, "__module__", "").partition(".")[0] != "transformers" for hook in hooks.values())
 
 
 def _own(module: Any, hidden_states: torch.Tensor, keep: Keep, kwargs: dict[str, Any]) -> torch.Tensor:

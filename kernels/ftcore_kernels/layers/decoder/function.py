@@ -43,9 +43,16 @@ def run(
 
 
 def _made_by(hidden: torch.Tensor) -> Member | None:
-    """The layer whose very output this is, if nothing follows that yet; torch lets nobody write over an output."""
+    """The layer whose very output this is, if nothing may follow that yet; torch lets nobody write over an output."""
     member = getattr(hidden.grad_fn, "member", None)
     return member if isinstance(member, Member) and member.follow() else None
+
+
+def ends(out: torch.Tensor) -> None:
+    """Have the layer that made this be the last of its segment."""
+    member = getattr(out.grad_fn, "member", None)
+    if isinstance(member, Member):
+        member.end()
 
 
 def trained(layer: Layer) -> list[nn.Parameter]:
@@ -94,7 +101,8 @@ class _DecoderLayer(torch.autograd.Function):
                 ctx.layer, member.taken(), rows, grads, ctx.needs_input_grad[0], into=rows if mine else None
             )
         if dx is not None:
-            dx = dx.view(dout.shape) if ctx.needs_input_grad[0] else None
+            # Not a view: one holds its base, and the layer below could not write over it.
+            dx = torch.ops.aten._unsafe_view(dx, dout.shape) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None, None, *grads.of(ctx.parameters)
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import mmap
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +35,7 @@ class Pinned:
             self._pages.madvise(mmap.MADV_DONTFORK)  # a forked loader of data has no use for them
         self.bytes = torch.frombuffer(self._pages, dtype=torch.uint8)[:size]
         self._cudart: Any = None
+        self._device = device
         if device.type == "cuda" and size:
             cudart: Any = torch.cuda.cudart()
             error = int(cudart.cudaHostRegister(self.bytes.data_ptr(), size, 0))
@@ -49,6 +52,8 @@ class Pinned:
 
     def __del__(self) -> None:
         if getattr(self, "_cudart", None) is not None:
+            with suppress(RuntimeError):  # a device that failed has nothing under way
+                torch.cuda.synchronize(self._device)  # kernels and copies may still read it
             self._cudart.cudaHostUnregister(self.bytes.data_ptr())
 
 
@@ -99,6 +104,8 @@ class Arena:
         self._blocks: list[Pinned] = []
         self._free: list[Piece] = []
         """In order, and no two of them adjoin."""
+        self._returned: deque[Piece] = deque()
+        """Given back, and not among them yet."""
 
     @property
     def booked(self) -> int:
@@ -108,6 +115,7 @@ class Arena:
     @property
     def free(self) -> int:
         """Bytes that wait to be used again."""
+        self._merge()
         return sum(piece.end - piece.start for piece in self._free)
 
     def take(self, size: int) -> list[Piece]:
@@ -128,7 +136,11 @@ class Arena:
         return taken
 
     def give(self, pieces: list[Piece]) -> None:
-        """Take them back."""
+        """Take them back. A collection of garbage may do this at any moment, in any thread: it only notes them."""
+        self._returned.extend(pieces)
+
+    def _merge(self) -> None:
+        pieces = [self._returned.popleft() for _ in range(len(self._returned))]
         merged: list[Piece] = []
         for piece in sorted([*self._free, *pieces]):
             last = merged[-1] if merged else None

@@ -67,6 +67,10 @@ class Member:
             self._kept = None
         return True
 
+    def end(self) -> None:
+        """No layer may follow: somebody may write to the output behind autograd's back."""
+        self._followed = True
+
     def taken(self) -> Kept:
         """What the backward needs, the input included; nothing of it stays here."""
         if self._kept is None:  # nobody asked for the output
