@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 TOP_K = 50
 """transformers draws from so many tokens where a checkpoint does not say how many."""
 
+NO_GENERATOR = Problem("generator", "there is none to write the answers", "use generator=fast")
+
 
 class Answers:
     """A model's answers, written by the run's generator.
@@ -86,7 +88,7 @@ class Answers:
 
     def _needed(self) -> Generator:
         if self._generator is None:
-            raise Refused(Problem("generator", "there is none to write the answers", "use generator=fast"))
+            raise Refused(NO_GENERATOR)
         return self._generator
 
     def _asked(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -101,7 +103,10 @@ class Answers:
         return ids
 
     def _sampling(self) -> Sampling:
-        """As the config says; what it does not say is as the checkpoint's generation config has it."""
+        """As the config says; `top_k`, `min_p` and the repetition penalty as the checkpoint's generation config.
+
+        What else stands there, such as `no_repeat_ngram_size`, counts with `generator=transformers` alone.
+        """
         asked, own = self._settings, getattr(self._model, "generation_config", None)
         top_k = getattr(own, "top_k", None)
         greedy = asked.temperature == 0  # the likeliest token is among any number of them

@@ -78,6 +78,8 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         raise Refused(
             Problem("trainer", "no trainer is selected", "add +trainer=NAME; `ftcore plugins trainer` lists them")
         )
+    if plan.run.prompts:
+        refuse_without_generator(hooks)
     continues, plan = plan.trainer.continues, claimed(plan)
     with RunFolder(plan) as folder:
         # The rows come first: what is wrong with one for this tokenizer is said before any weight is read.
@@ -93,10 +95,11 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         watch.lap("load")
 
         generator = hooks.maybe(h.ftcore_make_generator, plan=plan, model=model, tokenizer=tokenizer)
-        shown = plan.format.sample_prompts if generator is not None and _on_sample(plan) and plan.format else ()
-        prompts = plan.run.prompts or list(shown)
+        prompts = plan.run.prompts or _sample_prompts(plan, generator)
         answers = Answers(generator, model, tokenizer, plan.run.sampling)
         before = answers.to(prompts, continues)
+        if generator is not None:
+            generator.weights_changed()  # training may go on from a checkpoint
         watch.lap("answers_before")
 
         rewards = guarded(hooks.collect(h.ftcore_rewards, plan=plan), plan.run.scoring)
@@ -167,8 +170,18 @@ def _hooks(config: RunConfig, plugins: Sequence[object]) -> Hooks:
     return hooks
 
 
-def _on_sample(plan: Plan) -> bool:
-    return plan.run.data is not None and plan.run.data.path is None
+def refuse_without_generator(hooks: Hooks) -> None:
+    """Raises Refused where nobody in a run writes text."""
+    from ftcore.answers import NO_GENERATOR
+
+    if all(name.startswith("~") for name in hooks.who_answers(h.ftcore_make_generator)):
+        raise Refused(NO_GENERATOR)
+
+
+def _sample_prompts(plan: Plan, generator: object | None) -> list[str]:
+    """What the sample rows' model is asked, where somebody can answer."""
+    on_sample = plan.run.data is not None and plan.run.data.path is None
+    return list(plan.format.sample_prompts) if generator is not None and on_sample and plan.format else []
 
 
 def _rewarded(hooks: Hooks) -> bool:

@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
     if config.gguf is not None:
         return _talk_with_file(config)
     hooks, plan = prepared(replace(config, export={}))
+    pipeline.refuse_without_generator(hooks)
     loaded = pipeline.load(hooks, plan)
     writes = getattr(loaded.model, "can_generate", None)
     if (writes is not None and not writes()) or plan.family.auto_class in OF_SOUND:
@@ -74,7 +75,7 @@ def _talk(answering: Answering, sampling: SamplingConfig) -> int:
         sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 spoils its letter, not the conversation
     on_terminal = sys.stdin.isatty()
     if on_terminal:
-        note("Write a message; an empty line starts a new conversation, Ctrl-C ends an answer, Ctrl-D ends.")
+        note("Write a message; an empty line starts a new conversation, Ctrl-C ends an answer, Ctrl-D the chat.")
     while True:
         if on_terminal:
             print("> ", end="", flush=True)
@@ -91,7 +92,16 @@ def _talk(answering: Answering, sampling: SamplingConfig) -> int:
             messages.pop()
             note(f"No room: {full}; an empty line starts a new conversation.")
             continue
-        messages.append({"role": "assistant", "content": said})
+        except Refused as refused:
+            messages.pop()
+            if len(messages) == len(opening) or not refused.problems[0].key.startswith("generator"):
+                raise  # not for the conversation's length
+            note(f"No room: {refused}\nAn empty line starts a new conversation.")
+            continue
+        if said.strip():
+            messages.append({"role": "assistant", "content": said})
+        else:
+            messages.pop()  # ended before its first word: an answer that says nothing is none
 
 
 def _said(answering: Answering, messages: Sequence[dict[str, str]]) -> str:

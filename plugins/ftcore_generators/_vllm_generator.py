@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 BATCHED_TOKENS = 4096
 """Tokens of one pass. With vLLM's own number, its first measurement of memory finds too little beside a trainer."""
 
+TALK = 8192
+"""Tokens of a conversation, where no trainer says how long rows are and the model has as long a context."""
+
 
 class VllmGenerator:
     """An engine in this process that has the weights of the last optimizer step whenever it writes."""
@@ -189,7 +192,7 @@ def published_weights(base: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _longest(plan: Plan, base: Any) -> int:
     trainer: Any = plan.run.trainer
-    wanted = trainer.max_length + getattr(trainer, "max_completion_length", 0) if trainer else 1024
+    wanted = trainer.max_length + getattr(trainer, "max_completion_length", 0) if trainer else TALK
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None) or wanted
     return int(min(wanted, context))
 

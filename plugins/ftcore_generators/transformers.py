@@ -121,9 +121,8 @@ def _drawing(sampling: Sampling) -> dict[str, Any]:
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
+        "min_p": sampling.min_p,  # also 0: what is not said is the checkpoint's
     }
-    if sampling.min_p:
-        options["min_p"] = sampling.min_p
     return options | {"repetition_penalty": sampling.repetition_penalty}
 
 

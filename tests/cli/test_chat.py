@@ -15,7 +15,7 @@ import pytest
 
 from ftcore.api import run
 from ftcore.config import SamplingConfig
-from ftcore.errors import Refused
+from ftcore.errors import Problem, Refused
 from ftcore.tasks import chat
 from ftcore.testing import runs
 
@@ -91,6 +91,41 @@ def test_ctrl_c_ends_the_answer_and_the_chat_goes_on(
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_an_answer_that_ends_before_its_first_word_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Talk] = []
+
+    def answering(messages: Talk, show: chat.Show) -> None:
+        heard.append(list(messages))
+        if len(heard) == 1:
+            signal.raise_signal(signal.SIGINT)
+        show("Yes")
+
+    talk(monkeypatch, answering, "One?\nTwo?\n")
+    assert [message["content"] for message in heard[1]] == ["Two?"]
+
+
+def test_a_conversation_that_a_generator_refuses_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For its length; a first question, or another reason, ends it."""
+
+    def answering(messages: Talk, show: chat.Show) -> None:
+        if len(messages) > 1:
+            raise Refused(Problem("generator.max_length", "too short", "use more"))
+        show("Yes")
+
+    talk(monkeypatch, answering, "One?\nTwo?\n\nThree?\n")
+    out = capsys.readouterr().out
+    assert out.count("Yes") == 2
+    assert out.count("No room: generator.max_length") == 1
+
+    def refusing(messages: Talk, show: chat.Show) -> None:
+        raise Refused(Problem("generator.max_length", "too short", "use more"))
+
+    with pytest.raises(Refused):
+        talk(monkeypatch, refusing, "One?\n")
+
+
 def test_ctrl_c_twice_or_at_the_prompt_ends_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGINT)
 
@@ -150,7 +185,9 @@ def test_answers_of_a_run_are_by_its_generator(in_tmp: Path, capsys: pytest.Capt
     words = [*runs.TINY, *runs.SHORT, "+trainer=sft", "trainer.max_steps=1", counted(in_tmp), "prompts=[Hi,Ho]"]
     run([*words, "output_dir=mine"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
-    assert lines == ["[begin]", "[generate 2]", "[end]", "[changed]", "[begin]", "[generate 2]", "[end]"]
+    answers = ["[begin]", "[generate 2]", "[end]"]
+    # Told before training as well, which may go on from a checkpoint.
+    assert lines == [*answers, "[changed]", "[changed]", *answers]
     state = json.loads((in_tmp / "mine" / "run.json").read_text(encoding="utf-8"))
     assert [answer["prompt"] for answer in state["answers"]] == ["Hi", "Ho"]
 

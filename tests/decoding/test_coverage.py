@@ -334,3 +334,36 @@ def test_images_on_a_gpu(family: str) -> None:
     made = both(family=family)
     prompts, media = asked(family, made)
     assert made.fast.generate(prompts, GREEDY, media).ids == made.plain.generate(prompts, GREEDY, media).ids
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
+def test_nothing_is_left_when_a_pass_fails(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the steps, and by the layers' own modules."""
+    made, prompts = both("kernels=[reference]", family=family), prompts_of(9)
+
+    def state() -> list[Any]:
+        config = [getattr(getattr(m, "config", None), "_attn_implementation", None) for m in made.model.modules()]
+        return [config, *((sorted(vars(m)), vars(m).get("forward")) for m in made.model.modules())]
+
+    before = state()
+    monkeypatch.setattr("ftcore_kernels.decoding.cache.Cache.write", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        made.fast.generate(prompts, GREEDY)
+    assert state() == before
+
+
+@pytest.mark.gpu
+@ON_GPU
+def test_a_step_that_cannot_be_recorded_leaves_the_stream_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """It asks the host, which no recording may."""
+    made, prompts = both(), prompts_of(9, 4)
+    expected = made.fast.generate(prompts, GREEDY).ids
+    made.fast._engine = None
+    head, stream = made.model.get_output_embeddings(), torch.cuda.current_stream()
+    asking = head.register_forward_hook(lambda module, args, out: out.sum().item() and None)
+    try:
+        assert made.fast.generate(prompts, GREEDY).ids == expected
+    finally:
+        asking.remove()
+    assert torch.cuda.current_stream() == stream
+    assert "launched one by one" in capsys.readouterr().out

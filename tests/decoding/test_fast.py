@@ -261,3 +261,12 @@ def test_memory_is_given_back(family: str) -> None:
         if turn > 2:
             sizes.add((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
     assert len(sizes) == 1
+
+
+def test_what_is_not_asked_for_is_not_the_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint's own `min_p` would leave the likeliest token alone."""
+    made, prompts = both(), prompts_of(9) * 8
+    monkeypatch.setattr(made.model.generation_config, "min_p", 0.9999)
+    for generator in (made.fast, made.plain):
+        found = generator.generate(prompts, Sampling(max_new_tokens=6))
+        assert len(set(map(tuple, found.ids))) > 1

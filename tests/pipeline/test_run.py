@@ -12,6 +12,7 @@ import yaml
 
 import ftcore
 from ftcore.composition import compose, to_yaml, typed
+from ftcore.errors import Refused
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
@@ -52,6 +53,9 @@ def test_the_recorded_config_is_the_config(tiny_run) -> None:
 def test_nobody_writes_answers_where_there_is_no_generator(tiny_run) -> None:
     result = tiny_run("~generator")
     assert result.answers == []
+    with pytest.raises(Refused, match="use generator=fast"):
+        tiny_run("~generator", "prompts=[Hello]", "output_dir=asked")
+    assert not Path("asked").exists(), "before anything else"
 
 
 def test_same_seed_same_run(tiny_run) -> None:

@@ -46,8 +46,8 @@ class Engine:
         self.no_steps: str | None = None
         """Why the model's own layers compute, where they do."""
         self.may_record = recordable(base.config, self._device)
-        self._routed = "output_router_logits" in inspect.signature(type(base).forward).parameters
         """Whether a step may be a CUDA graph, until it turns out that it may not."""
+        self._routed = "output_router_logits" in inspect.signature(type(base).forward).parameters
 
     @torch.no_grad()
     def open(self) -> None:

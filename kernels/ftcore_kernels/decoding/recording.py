@@ -21,8 +21,11 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
         step()
     here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
+            step()
+    finally:
+        torch.cuda.set_stream(here)  # where it fails, torch stays on the stream that it recorded
     return graph.replay
 
 
