@@ -435,7 +435,7 @@ def test_16_bits_on_a_gpu(family, kept, away, late, host, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("kept", "away"), [pytest.param(6, 6, marks=ON_GPU), pytest.param(3, 0, marks=ON_GPU)])
 def test_memory_of_a_gpu(kept, away, monkeypatch) -> None:
-    """The peak falls by the inputs that are not there."""
+    """The peak falls by the inputs that are not there, and what was kept beside those: on an H200 by 4.3 for 3."""
     ours, tokens = in_16_bits("llama", 2048, monkeypatch), 2**14
 
     def peak() -> int:
