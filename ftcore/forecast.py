@@ -250,14 +250,15 @@ class Forecast:
 
     def kept(self, layout: Layout, rows: int, length: int) -> int:
         """Bytes of the GPU that the layers keep, for so many sequences."""
-        size, beside = sizes(self.layers, rows, length)
-        store = layout.store
+        of_layer, store = sizes(self.layers, rows, length), layout.store
         if store is not None and store.made_again:
-            return store.gpu_bytes(size, beside)
+            return store.gpu_bytes(of_layer)
         kept = sum(
             layer.levels(rows, length)[level].kept for layer, level in zip(self.layers, layout.levels, strict=True)
         )
-        away = 0 if store is None else (len(self.layers) - store.held) * size
+        away = 0
+        if store is not None:
+            away = (len(self.layers) - store.held) * of_layer.input - store.attended_bytes(of_layer)
         return int((kept - away) * (1 + POOL if layout.recorded else 1))
 
     def peak(self, memory: Memory, rows: int, length: int, limit: int = ENDLESS) -> int:
@@ -271,7 +272,7 @@ class Forecast:
     def host(self, memory: Memory, rows: int, length: int, limit: int = ENDLESS) -> int:
         """Bytes of host memory for inputs of layers, and for the weights that `offload` leaves there."""
         store = self.layout(memory, rows, length, limit).store
-        inputs = 0 if store is None else store.host_bytes(sizes(self.layers, rows * self.passes.sequences, length)[0])
+        inputs = 0 if store is None else store.host_bytes(sizes(self.layers, rows * self.passes.sequences, length))
         return inputs + self.left(memory)
 
     def left(self, memory: Memory) -> int:

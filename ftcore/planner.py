@@ -68,12 +68,14 @@ class Planner:
         plan, store = self._now, self._now.store
         for layer in self.layers:
             layer.may_record, layer.tiled = plan.record, plan.tiled
-            layer.away = layer.inside = False
+            layer.away = layer.inside = layer.attended = False
         if store is not None:
             for layer in self.layers:
                 layer.inside = True
             for place, start in enumerate(store.starts):
                 self.layers[start].inside, self.layers[start].away = False, place < store.away
+            for index, layer in enumerate(self.layers[: store.attended]):
+                layer.attended = plan.levels[index] == 0
 
     def _plan(self, rows: int, length: int) -> _Plan:
         plans = self._plans.setdefault((rows, length), [])

@@ -105,6 +105,8 @@ def _described(layout: Layout, whole: Sequence[int]) -> Iterator[str]:
     yield f"{again} of {len(whole)} layers compute a part again"
     if layout.store is not None and layout.store.away:
         yield f"the inputs of {layout.store.away} wait in host memory"
+    if layout.store is not None and layout.store.attended:
+        yield f"what the attention of {layout.store.attended} gave waits there too"
     if layout.store is not None and layout.store.made_again:
         yield f"{layout.store.made_again} compute their forward once more"
     if layout.tiled:

@@ -47,7 +47,7 @@ def longest_row(model: Any, layers: list[Any], state: int, host: int) -> int:
 
     def fits(length: int) -> bool:
         free = budget(model, layers, 1, length, state, False, None, True)
-        return stored(layers, 1, length, free, host).gpu_bytes(*sizes(layers, 1, length)) <= free
+        return stored(layers, 1, length, free, host).gpu_bytes(sizes(layers, 1, length)) <= free
 
     low, high = 0, STEP
     while high <= LONGEST and fits(high):

@@ -15,6 +15,7 @@ from ftcore.cards import Card
 from ftcore.config import Memory
 from ftcore.forecast import ENDLESS, Forecast, Layout
 from ftcore.memory import writes
+from ftcore.store import sizes
 
 PRODUCTS = 0.78
 """Part of a card's FLOP/s that large matrix products reach."""
@@ -110,10 +111,13 @@ class Pace:
         """Of all layers, with what is computed again and the copies that take longer than the layers."""
         tokens, seconds = rows * length, 0.0
         layers = zip(self._layers, self.forecast.layers, layout.levels, forward, strict=True)
-        copy = 0.0
-        if layout.store is not None and layout.store.away:
-            copy = max(of.input_bytes(rows, length) for of in self.forecast.layers) / self.card.host
-        for layer, recomputing, level, before in layers:
+        store, of_layer = layout.store, sizes(self.forecast.layers, rows, length)
+        attended = 0 if store is None else store.attended
+        for index, (layer, recomputing, level, before) in enumerate(layers):
+            copied = of_layer.input if store is not None and store.away else 0
+            if index < attended:
+                level, copied = max(level, 1), copied + of_layer.attended
+            copy = copied / self.card.host
             own = (
                 self._products(2 * tokens * (layer.weights + layer.trained))
                 + 2.5 * self._attended(layer, tokens, length) / (self.card.flops * ATTENDING[1])

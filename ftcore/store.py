@@ -1,20 +1,35 @@
 """Where the inputs of a model's layers are between their forwards and their backwards: two-level checkpointing.
 
 An input is kept on the GPU, kept in host memory, or not at all: then it is made again from the input of a layer before
-it, by those layers' forward. As few are made again as there is memory for.
+it, by those layers' forward. As few are made again as there is memory for. Where none is, and the host has room left,
+what layers' attention gave waits there as well: of all that a backward would compute again, that takes longest in long
+rows.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ftcore.specs import Recomputing
 
 STAY = 2
 """Inputs that are on the GPU at least although the others wait in host memory: that of the layer at work, and one that
 is on its way there or back."""
+
+
+class Sizes(NamedTuple):
+    """Bytes of what a layer leaves for its backward."""
+
+    input: int
+    beside: int = 0
+    """What its least level keeps besides."""
+    attended: int = 0
+    """Attention's output, if it is worth a copy."""
+    statistics: int = 0
+    """What stays on the GPU where that has left."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,8 @@ class Store:
     """Layers whose inputs are kept; each begins a segment, which ends before the next one."""
     away: int
     """How many of these wait in host memory: the first ones. The others stay on the GPU, which needs them first."""
+    attended: int = 0
+    """Layers whose attention's output waits in host memory: the first ones."""
 
     @classmethod
     @functools.lru_cache(maxsize=2**12)
@@ -55,16 +72,28 @@ class Store:
         """Layers that compute their forward once more for the sake of a later layer's input."""
         return self.layers - len(self.starts)
 
-    def gpu_bytes(self, size: int, beside: int) -> int:
-        """Bytes of the GPU that the store takes at most, for inputs of `size` bytes.
+    def gpu_bytes(self, sizes: Sizes) -> int:
+        """Bytes of the GPU that the store takes at most: the last layer of each segment keeps something besides."""
+        return self.held * sizes.input + len(self.starts) * sizes.beside + self.attended_bytes(sizes)
 
-        :param beside: What the last layer of each segment keeps besides its input.
-        """
-        return self.held * size + len(self.starts) * beside
+    def attended_bytes(self, sizes: Sizes) -> int:
+        """Of these what there is for attention's outputs: one is on its way there or back."""
+        return sizes.attended + self.attended * sizes.statistics if self.attended else 0
 
-    def host_bytes(self, size: int) -> int:
+    def host_bytes(self, sizes: Sizes) -> int:
         """Bytes of host memory."""
-        return self.away * size
+        return self.away * sizes.input + self.attended * sizes.attended
+
+    def attending(self, sizes: Sizes, gpu: int, host: int) -> Store:
+        """The same with the outputs of as many layers' attention in host memory as so many bytes have room for.
+
+        The last layer's backward comes next: what it may keep, it keeps on the GPU.
+        """
+        if self.made_again or not sizes.attended:
+            return self
+        room = gpu - self.gpu_bytes(sizes) - sizes.attended
+        most = (host - self.host_bytes(sizes)) // sizes.attended, room // max(sizes.statistics, 1), self.layers - 1
+        return replace(self, attended=max(min(most), 0))
 
 
 def _beside(kept: int, away: int) -> list[int]:
@@ -96,22 +125,29 @@ def stored(layers: Sequence[Recomputing], rows: int, length: int, gpu: int, host
     :param gpu: Bytes of the GPU that it may take.
     :param host: Bytes of host memory; 0 leaves nothing there.
     """
-    size, beside = sizes(layers, rows, length)
+    of_layer = sizes(layers, rows, length)
     number = len(layers)
-    room = min(host // max(size, 1), number)
+    room = min(host // max(of_layer.input, 1), number)
     smallest = None
     for kept in range(number, 0, -1):
         store = Store.of(number, kept, room)
-        taken = store.gpu_bytes(size, beside)
+        taken = store.gpu_bytes(of_layer)
         if taken <= gpu:
-            return store
-        if smallest is None or taken < smallest.gpu_bytes(size, beside):
+            return store.attending(of_layer, gpu, host)
+        if smallest is None or taken < smallest.gpu_bytes(of_layer):
             smallest = store
     assert smallest is not None
     return smallest
 
 
-def sizes(layers: Sequence[Recomputing], rows: int, length: int) -> tuple[int, int]:
-    """Bytes of a layer's input, and of what its least level keeps besides."""
+def sizes(layers: Sequence[Recomputing], rows: int, length: int) -> Sizes:
+    """Of the largest layer."""
     size = max(layer.input_bytes(rows, length) for layer in layers)
-    return size, max(layer.levels(rows, length)[0].kept for layer in layers) - size
+    attended = [layer.attended_bytes(rows, length) for layer in layers]
+    leaves = all(out for out, _ in attended)
+    return Sizes(
+        size,
+        max(layer.levels(rows, length)[0].kept for layer in layers) - size,
+        max(out for out, _ in attended) if leaves else 0,
+        max(rest for _, rest in attended) if leaves else 0,
+    )

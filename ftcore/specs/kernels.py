@@ -89,6 +89,8 @@ class Recomputing(Protocol):
     """Whether launches may be recorded, which takes memory of its own."""
     away: bool
     """Whether the input, which every level keeps, waits in host memory for the backward."""
+    attended: bool
+    """Whether attention's output waits there too, so that the backward need not attend again."""
     inside: bool
     """Whether not even the input is kept, where it is the output of a module like this: that makes it again."""
     tiled: bool
@@ -109,6 +111,13 @@ class Recomputing(Protocol):
 
     def moved(self, rows: int, length: int) -> int:
         """The same; 0 where the copies would keep the GPU waiting."""
+        ...
+
+    def attended_bytes(self, rows: int, length: int) -> tuple[int, int]:
+        """Bytes that `attended` sends to host memory, and bytes that it keeps on the GPU for them until the backward.
+
+        Zeros where the copies would keep the GPU waiting.
+        """
         ...
 
     def workspace(self, rows: int, length: int, tiled: bool = False) -> int:

@@ -17,6 +17,7 @@ from ftcore.forecast import STEP, WORKSPACES, Forecast, free
 from ftcore.meta_model import on_meta
 from ftcore.specs import Passes
 from ftcore.step_time import Pace
+from ftcore.store import sizes
 
 GIB = 2**30
 R16 = "adapter.r=16"
@@ -145,6 +146,9 @@ def test_frozen_embedding_and_head_leave_where_they_are_two() -> None:
     assert away is not None
     inputs = away.away * 2 * 131_072 * 4096
     assert inputs == 30 * 2**30
+    assert away.attended == 31
+    assert roomy.host(Memory.offload, 1, 131_072) == inputs + 31 * 2 * 131_072 * 4096 + both
+    inputs -= away.attended_bytes(sizes(roomy.layers, 1, 131_072))
     # The embedding is never there; the head is while it works, at a time when the layers need less.
     saved = roomy.peak(Memory.least, 1, 131_072) - roomy.peak(Memory.offload, 1, 131_072)
     assert both // 2 <= saved - inputs <= both

@@ -104,6 +104,9 @@ class Layer:
     def levels(self, rows: int, length: int) -> list[Any]:
         return [SimpleNamespace(kept=3 * rows * length)]
 
+    def attended_bytes(self, rows: int, length: int) -> tuple[int, int]:
+        return 0, 0
+
     def workspace(self, rows: int, length: int, tiled: bool = False) -> int:
         return 10 * rows * length
 

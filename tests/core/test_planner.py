@@ -17,7 +17,7 @@ from ftcore import Role, memory
 from ftcore.config import Graphs, Memory, Optimizer
 from ftcore.planner import Lean, Planner, assign
 from ftcore.specs import Level, Plan
-from ftcore.store import Store, stored
+from ftcore.store import Sizes, Store, stored
 from ftcore.testing import maths, runs
 
 # assign ------------------------------------------------------------------------------------------------------------
@@ -162,6 +162,9 @@ class Fake:
     away: bool = False
     inside: bool = False
     tiled: bool = False
+    attended: bool = False
+    attended_size: int = 0
+    """Bytes a token of attention's output, and one of what stays beside it."""
     followed: Any = "nobody"
 
     def levels(self, rows: int, length: int) -> list[Level]:
@@ -173,6 +176,9 @@ class Fake:
 
     def moved(self, rows: int, length: int) -> int:
         return 4 * rows * length if rows < 100 else 0
+
+    def attended_bytes(self, rows: int, length: int) -> tuple[int, int]:
+        return self.attended_size * rows * length, min(self.attended_size, 1) * rows * length
 
     def workspace(self, rows: int, length: int, tiled: bool = False) -> int:
         return (3 if tiled else 7) * rows * length
@@ -244,6 +250,27 @@ def test_fewest_inputs_are_made_again(kind, inputs, host, expected) -> None:
     assert len(said) == ("i" in expected)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "host", "expected"),
+    [
+        (10, 40, ""),  # the inputs take 32 of these, and an output 9
+        (10, 50, "00"),
+        (10, 10**6, "0" * 9),  # the last layer's backward comes next
+        (0, 10**6, "0000"),  # 11 bytes more on the GPU: an output on its way, and two of each layer's
+        (-1, 12, ""),  # where inputs are made again, attention is as well
+    ],
+)
+def test_what_attention_gave_waits_where_the_host_has_room(inputs, host, expected) -> None:
+    """Whatever the last layer keeps besides."""
+    fakes = [Fake(attended_size=9) for _ in range(10)]
+    budget = 8 + 6 * 10 + 13 if inputs == 0 else 4 * inputs + 6 * 10 + 60
+    if inputs < 0:
+        budget = 30
+    Lean(fakes, lambda *_: budget, lambda: host, last=lambda rows, length: 1).attach()
+    levels = [fake.choose(1, 1) for fake in fakes]
+    assert "".join(str(levels[index]) for index, fake in enumerate(fakes) if fake.attended) == expected
+
+
 def test_segments_belong_to_the_shape_that_they_were_planned_for() -> None:
     """And each is spoken of once."""
     fakes, said = [Fake() for _ in range(10)], []
@@ -275,19 +302,25 @@ def test_a_store_holds_no_more_than_it_says(layers, data) -> None:
     assert most <= store.held
 
 
-@given(st.integers(1, 40), st.integers(0, 400), st.integers(0, 400))
-def test_a_store_fits_if_any_does(layers, gpu, host) -> None:
-    """And makes fewest inputs again of all that do; more memory never means more work."""
-    fakes = [Fake() for _ in range(layers)]
+@given(st.integers(1, 40), st.integers(0, 400), st.integers(0, 400), st.sampled_from([0, 3]))
+def test_a_store_fits_if_any_does(layers, gpu, host, attended) -> None:
+    """And makes fewest inputs again of all that do, and attends again in as few layers as there is room for."""
+    fakes = [Fake(attended_size=attended) for _ in range(layers)]
     store = stored(fakes, 1, 1, gpu, host)
-    assert store.host_bytes(4) <= host
+    sizes = Sizes(4, 6, attended, min(attended, 1))
+    assert store.host_bytes(sizes) <= host
     choices = [Store.of(layers, kept, host // 4) for kept in range(1, layers + 1)]
-    fitting = [choice for choice in choices if choice.gpu_bytes(4, 6) <= gpu]
+    fitting = [choice for choice in choices if choice.gpu_bytes(sizes) <= gpu]
     if fitting:
-        assert store.gpu_bytes(4, 6) <= gpu
+        assert store.gpu_bytes(sizes) <= gpu
         assert store.made_again == min(choice.made_again for choice in fitting)
     else:
-        assert store.gpu_bytes(4, 6) == min(choice.gpu_bytes(4, 6) for choice in choices)
+        assert store.gpu_bytes(sizes) == min(choice.gpu_bytes(sizes) for choice in choices)
+    more = replace(store, attended=store.attended + 1)
+    if not store.made_again and more.attended < layers:
+        assert not sizes.attended or more.gpu_bytes(sizes) > gpu or more.host_bytes(sizes) > host, "one more would fit"
+    else:
+        assert store.attended == 0 or more.attended == layers
 
 
 def test_the_first_plan_stands_for_two_batches_and_the_second_for_good() -> None:

@@ -6,6 +6,7 @@ import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +18,10 @@ from test_decoder_layer import assert_same
 
 from ftcore.memory import layers_that_choose
 from ftcore.planner import Lean
-from ftcore.store import STAY, Store, sizes, stored
+from ftcore.store import STAY, Sizes, Store, sizes, stored
 from ftcore.testing import maths
 from ftcore_kernels.layers.decoder import function, recompute, segments, steps
+from ftcore_kernels.layers.decoder.attention import Differentiated
 from ftcore_kernels.layers.decoder.host import Away, Host
 from ftcore_kernels.layers.decoder.recompute import Recompute
 
@@ -69,13 +71,16 @@ def models(family: str = "llama", lora: bool = True) -> tuple[Any, Any]:
 def one_level(model: Any, level: int = 0) -> None:
     keep(model, level)
     for layer in layers(model):
-        layer.ftcore_recompute.inside = layer.ftcore_recompute.away = False
+        chosen = layer.ftcore_recompute
+        chosen.inside = chosen.away = chosen.attended = False
 
 
-def spread(model: Any, kept: int, away: int) -> Store:
-    """So many inputs are kept, and so many of them in host memory."""
+def spread(model: Any, kept: int, away: int, attended: int = 0) -> Store:
+    """So many inputs are kept, and so many of them in host memory, and of so many layers what attention gave."""
     one_level(model)
-    store = Store.of(LAYERS, kept, away)
+    store = replace(Store.of(LAYERS, kept, away), attended=attended)
+    for layer in layers(model)[:attended]:
+        layer.ftcore_recompute.attended = True
     for layer in layers(model):
         layer.ftcore_recompute.inside = True
     for place, start in enumerate(store.starts):
@@ -124,7 +129,7 @@ def test_the_same_to_the_last_bit(family, lora, data, kept, away, host, again) -
     assert_equal(manual(ours, BATCHES[data]()), expected)
     assert len(again) == store.made_again == LAYERS - kept
     tokens = BATCHES[data]()["input_ids"].numel()
-    assert host.booked == store.host_bytes(4 * tokens * ours.config.hidden_size)
+    assert host.booked == store.host_bytes(Sizes(4 * tokens * ours.config.hidden_size))
 
 
 @pytest.mark.parametrize(("kept", "away"), [(6, 6), (3, 1)])
@@ -142,21 +147,22 @@ def test_in_tiles(family, group, kept, away, monkeypatch) -> None:
     assert_equal(manual(ours, batch()), expected)
 
 
-@pytest.mark.parametrize(("kept", "away"), [(7, 7), (6, 6), (5, 5)])
-def test_late_copies(kept, away, host, monkeypatch) -> None:
+@pytest.mark.parametrize(("kept", "away", "attended"), [(7, 7, 0), (6, 6, 0), (5, 5, 0), (7, 5, 6), (7, 7, 7)])
+def test_late_copies(kept, away, attended, host, monkeypatch) -> None:
     """Two shapes, turn about: memory on the host is used again by other rows."""
     _, ours = models()
     shapes = [(3, 11), (2, 9), (1, 30), (3, 11)]
     one_level(ours)
     expected = [manual(ours, batch(*shape)) for shape in shapes]
-    spread(ours, kept, away)
+    spread(ours, kept, away, attended)
     delay(host, monkeypatch)
     for shape, of_shape in zip(shapes, expected, strict=True):
         assert_equal(manual(ours, batch(*shape)), of_shape)
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
-def test_batches_that_overlap(late, host, monkeypatch) -> None:
+@pytest.mark.parametrize(("kept", "attended"), [(5, 0), (7, 6)])
+def test_batches_that_overlap(kept, attended, late, host, monkeypatch) -> None:
     """Accumulated; two forwards before their backwards in either order; one forgotten, one evaluated between them."""
     _, ours = models()
     sizes = [(3, 11), (2, 9), (1, 14), (4, 5)]
@@ -175,7 +181,7 @@ def test_batches_that_overlap(late, host, monkeypatch) -> None:
 
     one_level(ours)
     expected = gradients()
-    spread(ours, 5, 5)
+    spread(ours, kept, 5, attended)
     if late:
         delay(host, monkeypatch)
     found = gradients()
@@ -196,6 +202,69 @@ def test_under_autocast(again) -> None:
     spread(ours, 3, 2)
     assert_equal(step(), expected)
     assert len(again) == LAYERS - 3
+
+
+# What attention gave -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def attends(monkeypatch) -> list[None]:
+    """Grows with every forward through attention that is called as such."""
+    calls: list[None] = []
+    own = Differentiated.forward
+
+    def counted(self: Any, *tensors: torch.Tensor) -> Any:
+        calls.append(None)
+        return own(self, *tensors)
+
+    monkeypatch.setattr(Differentiated, "forward", counted)
+    return calls
+
+
+@pytest.mark.parametrize("data", BATCHES)
+@pytest.mark.parametrize("lora", [True, False], ids=["LoRA", "full"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_attention_is_not_computed_again_where_its_output_waits(family, lora, data, host, attends) -> None:
+    expected = plain(family, lora, data)
+    _, ours = models(family, lora)
+    store, calls = spread(ours, 7, 5, 4), len(attends)
+    assert_equal(manual(ours, BATCHES[data]()), expected)
+    assert len(attends) - calls == (2 * LAYERS - 4 if DEVICE.type == "cpu" else 0)
+    tokens, text = 4 * BATCHES[data]()["input_ids"].numel(), ours.config
+    width = text.num_attention_heads * text.head_dim
+    assert host.booked == pytest.approx(
+        store.host_bytes(Sizes(tokens * text.hidden_size, 0, tokens * width)), rel=0.01, abs=LAYERS
+    )
+    assert host.arena.free == host.booked
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_attention_of_groups_of_heads_is_not_computed_again(family, monkeypatch, attends) -> None:
+    monkeypatch.setattr(Recompute, "tile", lambda self, hidden: 7)
+    monkeypatch.setattr(Recompute, "group", lambda self, hidden: 1)
+    _, ours = models(family)
+    one_level(ours)
+    expected, calls = manual(ours, batch()), len(attends)
+    spread(ours, 7, 5, 6)
+    assert_equal(manual(ours, batch()), expected)
+    if DEVICE.type == "cpu":
+        assert (calls, len(attends) - calls) == (2 * 2 * LAYERS, 2 * (2 * LAYERS - 6))
+
+
+def test_it_waits_by_the_plan(host, monkeypatch, attends) -> None:
+    """On the host to the byte, and only of layers that keep nothing else."""
+    monkeypatch.setattr(recompute, "WORK_OF_A_BYTE", 0)
+    expected = plain("llama", True, "rows")
+    _, ours = models()
+    one_level(ours)
+    chosen, calls = layers_that_choose(ours), len(attends)
+    of_layer = sizes(chosen, 3, 11)
+    room = 5 * of_layer.input + 3 * of_layer.attended + 1
+    Lean(chosen, lambda *_: 2**40, lambda: room, last=lambda rows, length: 4).attach()
+    assert_equal(manual(ours, batch(3, 11)), expected)
+    assert [one.attended for one in chosen] == [True] * 3 + [False] * 4
+    assert len(attends) - calls == (2 * LAYERS - 3 - 1 if DEVICE.type == "cpu" else 0)
+    assert host.booked == pytest.approx(2 * (room - 1), rel=0.01)
 
 
 # Where a segment ends ----------------------------------------------------------------------------------------------
@@ -343,7 +412,7 @@ def test_host_memory_does_not_grow_with_steps(host) -> None:
         booked.append(host.booked)
     size = 4 * max(lengths) * ours.config.hidden_size
     first = lengths.index(max(lengths))
-    assert store.host_bytes(size) <= booked[-1] <= 1.01 * store.host_bytes(size)
+    assert store.host_bytes(Sizes(size)) <= booked[-1] <= 1.01 * store.host_bytes(Sizes(size))
     assert set(booked[first:]) == {booked[-1]}
     assert host.arena.free == host.booked
 
@@ -390,12 +459,12 @@ def test_what_was_planned_is_what_is_booked(host_inputs, free_inputs, host, most
     one_level(ours)
     most[0] = 0
     chosen = layers_that_choose(ours)
-    size, beside = sizes(chosen, 3, 11)
+    size, beside, *_ = sizes(chosen, 3, 11)
     free, there = free_inputs * size + LAYERS * beside, host_inputs * size
     store, said = stored(chosen, 3, 11, free, there), []
     Lean(chosen, lambda *_: free, lambda: there, lambda rows, length, store: said.append(store)).attach()
     assert_equal(manual(ours, batch(3, 11)), expected)
-    assert host.booked == store.host_bytes(2 * size)
+    assert host.booked == store.host_bytes(Sizes(2 * size))
     assert most[0] <= store.held
     assert said == ([store] if store.made_again else [])
     if free_inputs == 40:
@@ -417,20 +486,21 @@ def in_16_bits(family: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "late"])
-@pytest.mark.parametrize(("kept", "away"), [(6, 6), (5, 5), (2, 0)])
+@pytest.mark.parametrize(("kept", "away", "attended"), [(6, 6, 0), (5, 5, 0), (2, 0, 0), (7, 5, 6)])
 @pytest.mark.parametrize("family", [pytest.param(name, marks=ON_GPU) for name in ("llama", "qwen3", "gemma3")])
-def test_16_bits_on_a_gpu(family, kept, away, late, host, monkeypatch) -> None:
+def test_16_bits_on_a_gpu(family, kept, away, attended, late, host, monkeypatch) -> None:
     """To the last bit; FlashAttention's backward has an order of its own only where nothing else may be without one."""
     torch.use_deterministic_algorithms(True)
     ours = in_16_bits(family, 768, monkeypatch)
     one_level(ours)
     expected = manual(ours, batch(1, 2000))
-    store = spread(ours, kept, away)
+    store = spread(ours, kept, away, attended)
     if late:
         delay(host, monkeypatch)
     for _ in range(2):
         assert_equal(manual(ours, batch(1, 2000)), expected)
-    assert host.booked == store.host_bytes(2 * 2000 * WIDE["hidden_size"])
+    size = 2 * 2000 * WIDE["hidden_size"]  # and all heads are as wide
+    assert host.booked == pytest.approx(store.host_bytes(Sizes(size, 0, size)), rel=0.01)
 
 
 @pytest.mark.parametrize(("kept", "away"), [pytest.param(6, 6, marks=ON_GPU), pytest.param(3, 0, marks=ON_GPU)])

@@ -15,7 +15,7 @@ from torch import nn
 
 from ftcore import Plan, Role, bind
 from ftcore_kernels.layers.decoder.attention import Mask, reading, taken, use
-from ftcore_kernels.layers.decoder.function import ends, run, trained
+from ftcore_kernels.layers.decoder.function import Keeping, ends, run, trained
 from ftcore_kernels.layers.decoder.heads import size
 from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.parts import Ops
@@ -66,10 +66,9 @@ def forward(
         record = graphs.record(key, layer, keep, kind, hidden_states.requires_grad)
         return graphs.replay(record, hidden_states, tables, kind)
     layer.tile, layer.group = recompute.tile(hidden_states), size(layer, recompute.group(hidden_states))
+    inside = recompute.inside and not _foreign(module._forward_pre_hooks)
     host = recompute.host(hidden_states)
-    out = run(
-        layer, hidden_states, keep, host, recompute.away, recompute.inside and not _foreign(module._forward_pre_hooks)
-    )
+    out = run(layer, hidden_states, Keeping(keep, host, recompute.away, recompute.attended, inside))
     if _foreign(module._forward_hooks):
         ends(out)
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,17 +18,26 @@ from ftcore_kernels.layers.decoder.parts import Layer
 from ftcore_kernels.layers.decoder.segments import ONCE, Here, Member, Place
 
 
-def run(
-    layer: Layer, hidden: torch.Tensor, keep: Keep, host: Host | None = None, away: bool = False, inside: bool = False
-) -> torch.Tensor:
+class Keeping(NamedTuple):
+    """What the backward of a layer finds, and where; the rest it computes again."""
+
+    keep: Keep
+    host: Host | None = None
+    """Where inputs of this forward wait for the backward, if any are not on the GPU."""
+    away: bool = False
+    """Whether this layer's is one of them."""
+    attended: bool = False
+    """Whether its attention's output waits there, too."""
+    inside: bool = False
+    """Whether not even the input is kept, where it is the output of a layer before this one."""
+
+
+def run(layer: Layer, hidden: torch.Tensor, keeping: Keeping) -> torch.Tensor:
     """The layer's output.
 
     :param layer: The layer as it is now.
     :param hidden: `[B, S, H]` in the dtype of the products.
-    :param keep: What the backward finds; the rest it computes again.
-    :param host: Where inputs of this forward wait for the backward, if any are not on the GPU.
-    :param away: Whether `hidden` is one of them.
-    :param inside: Whether not even `hidden` is kept, where it is the output of a layer before this one.
+    :param keeping: What is kept for the backward.
     :returns: `[B, S, H]`.
     """
     parameters = trained(layer)
@@ -37,8 +46,8 @@ def run(
         with torch.autocast(hidden.device.type, enabled=False):
             rows = hidden.contiguous().view(-1, hidden.shape[-1])
             return steps.forward(layer, rows, Keep.INPUT)[0].view(hidden.shape)
-    before = _made_by(hidden) if inside else None
-    out: torch.Tensor = _DecoderLayer.apply(hidden, layer, keep, host, away, before, *parameters)
+    before = _made_by(hidden) if keeping.inside else None
+    out: torch.Tensor = _DecoderLayer.apply(hidden, layer, keeping, before, *parameters)
     return out
 
 
@@ -68,16 +77,18 @@ def trained(layer: Layer) -> list[nn.Parameter]:
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, layer: Layer, keep: Keep, host: Host | None, away: bool, before: Member | None,
-        *parameters: nn.Parameter,
-    ) -> torch.Tensor:  # fmt: skip
+        ctx: Any, hidden: torch.Tensor, layer: Layer, keeping: Keeping, before: Member | None, *parameters: nn.Parameter
+    ) -> torch.Tensor:
+        keep, host = keeping.keep, keeping.host
         rows = hidden.contiguous().view(-1, hidden.shape[-1])
-        source = before or _place(rows, host, away)
+        source = before or _place(rows, host, keeping.away)
         if host is not None and before is not None:
             host.layer()
         with torch.autocast(hidden.device.type, enabled=False):
             out, kept = steps.forward(layer, rows, keep)
         kept.reduce(keep, layer)
+        if keeping.attended and host is not None and before is None:
+            kept.leave(host.beside)
         if host is None and before is None:
             ctx.save_for_backward(hidden)  # so that autograd notices if somebody writes over it
         ctx.member = Member(layer, keep, kept, source)
@@ -103,7 +114,7 @@ class _DecoderLayer(torch.autograd.Function):
         if dx is not None:
             # Not a view: one holds its base, and the layer below could not write over it.
             dx = torch.ops.aten._unsafe_view(dx, dout.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, None, None, *grads.of(ctx.parameters)
+        return dx, None, None, None, *grads.of(ctx.parameters)
 
 
 def _place(rows: torch.Tensor, host: Host | None, away: bool) -> Place:

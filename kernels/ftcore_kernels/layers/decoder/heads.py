@@ -149,6 +149,8 @@ def backward(
         normed, _ = ops.norm(kept.x, layer.input_norm)
         attend(layer, kept, normed, dense, Keep.ATTENTION)
         del normed
+    elif layer.qkv.a is not None and kept.qkv_xa is None:
+        kept.qkv_xa = torch.mm(ops.norm(kept.x, layer.input_norm)[0], layer.qkv.a.T)
     dmiddle, dprojected, dxa = _behind(layer, kept, dout, grads, dense, into)
     kept.middle = kept.gate_up = kept.lowered = kept.projected = kept.out_xa = kept.down_xa = None
     trained = layer.input_norm.weight.requires_grad

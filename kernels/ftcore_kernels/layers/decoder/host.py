@@ -3,7 +3,7 @@
 A layer's input is sent before its forward; the memory on the GPU is let go when the layer after the next begins, when
 the copy is certainly over. In the backward each layer asks for the input that is needed next, so that it arrives in
 time. The inputs of the last two layers need not leave: they would still be there when the backward begins. Only events
-order the streams: the host waits for nothing.
+order the streams: the host waits for nothing. What else a layer sends leaves and arrives with its input.
 """
 
 from __future__ import annotations
@@ -52,6 +52,17 @@ class Host:
         self._before = weakref.ref(away)
         return away
 
+    def beside(self, tensor: torch.Tensor) -> Away:
+        """Begin to copy another tensor of the layer whose input was the last, as :meth:`send` does."""
+        first = None if self._before is None else self._before()
+        assert first is not None, "a layer's input comes first"
+        away = Away(self, tensor, None)
+        away.leave()
+        first.others.append(away)
+        if self._latest:
+            self._latest[-1] = self._before
+        return away
+
     def layer(self) -> None:
         """A layer begins: one more since the inputs before it were sent."""
         self._latest.append(None)
@@ -89,6 +100,8 @@ class Away:
         self._source: torch.Tensor | None = tensor
         self._version = tensor._version
         self._arriving: torch.Tensor | None = None
+        self.others: list[Away] = []
+        """What leaves and arrives with it."""
         self._pieces: list[Piece] = []
         self._copied: Any = None
         """Event of the last copy."""
@@ -116,6 +129,8 @@ class Away:
 
     def settle(self) -> None:
         """Let go of the memory on the GPU: whoever uses it next does so after the copy."""
+        for other in self.others:
+            other.settle()
         if self._source is None or not self._pieces:
             return
         self._unchanged()
@@ -123,7 +138,12 @@ class Away:
         self._source = None
 
     def fetch(self) -> None:
-        """Begin to copy it back, if it is not here."""
+        """Begin to copy it back, if it is not here, and the others of its layer."""
+        self._come()
+        for other in self.others:
+            other._come()
+
+    def _come(self) -> None:
         if self._source is not None or self._arriving is not None or not self._pieces:
             return
         self._arriving = torch.empty(self._shape, dtype=self._dtype, device=self._device)

@@ -77,8 +77,8 @@ class Part:
     """`[M, n]` as attention takes it."""
     raw_qkv: torch.Tensor | None = None
     """`[M, n]` before the norm of the heads, where there is one."""
-    attended: torch.Tensor | None = None
-    """`[M, m]` contiguous."""
+    attended: Any = None
+    """`[M, m]` contiguous, or where it waits."""
     rest: Any = None
     """What else the attention's backward needs."""
 
@@ -98,8 +98,8 @@ class Kept:
     """`[M, N]` before the norm of the heads, where there is one: its backward needs it."""
     qkv: torch.Tensor | None = None
     """`[M, N]` as attention takes it."""
-    attended: torch.Tensor | None = None
-    """`[M, Hq D]`."""
+    attended: Any = None
+    """`[M, Hq D]`, or where it waits."""
     rest: Any = None
     """What else the attention's backward needs."""
     out_xa: torch.Tensor | None = None
@@ -118,6 +118,20 @@ class Kept:
     lowered_rstd: torch.Tensor | None = None
     parts: list[Part] | None = None
     """Of each group of heads, in place of `raw_qkv`, `qkv`, `attended` and `rest`."""
+
+    def leave(self, send: Callable[[torch.Tensor], Any]) -> None:
+        """Have attention's output wait where `send` takes it; it answers `take`."""
+        for one in (self, *(self.parts or ())):
+            if one.attended is not None:
+                one.attended = send(one.attended)
+        if self.parts is not None:
+            self.qkv_xa = None  # less to compute again than to keep
+
+    def arrive(self) -> None:
+        """Have it back."""
+        for one in (self, *(self.parts or ())):
+            if one.attended is not None and not isinstance(one.attended, torch.Tensor):
+                one.attended = one.attended.take()
 
     def reduce(self, keep: Keep, layer: Layer) -> None:
         """Drop what `keep` does not keep."""

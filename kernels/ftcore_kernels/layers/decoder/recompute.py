@@ -38,7 +38,7 @@ class Recompute:
     def __init__(self, groups: Sequence[Sequence[Any]], head_dim: int, sandwich: bool) -> None:
         self.choose: Callable[[int, int], int] | None = None
         self.may_record = True
-        self.away = False
+        self.away = self.attended = False
         self.inside = False
         self.tiled = False
         self.graphs: Graphs | None = None
@@ -69,20 +69,20 @@ class Recompute:
     @property
     def recorded(self) -> float:
         """Batches of fewer tokens have their launches recorded."""
-        token = 2 * self._hidden * (self._qkv + self._attended + 1.5 * self._gate_up)
-        return LAUNCH_BOUND / token if self.graphs is not None and self.may_record else 0
+        return LAUNCH_BOUND / self._products if self.graphs is not None and self.may_record else 0
 
     def keep(self, hidden: torch.Tensor) -> Keep:
         """What to keep of a forward pass over `[B, S, H]`."""
         if self.choose is None or not torch.is_grad_enabled():
             return Keep.ALL
-        return Keep(1 + self.choose(hidden.shape[0], hidden.shape[1]))
+        level = Keep(1 + self.choose(hidden.shape[0], hidden.shape[1]))
+        return max(level, Keep.ATTENTION) if self.attended else level
 
     def host(self, hidden: torch.Tensor) -> Host | None:
         """Where inputs wait for the backward, if this layer's or those of layers before it are not on the GPU."""
         if not torch.is_grad_enabled():
             return None
-        return host_of(hidden.device) if self.away else busy_host(hidden.device)
+        return host_of(hidden.device) if self.away or self.attended else busy_host(hidden.device)
 
     def input_bytes(self, rows: int, length: int) -> int:
         """Bytes of the input, in 16 bits."""
@@ -91,8 +91,20 @@ class Recompute:
     def moved(self, rows: int, length: int) -> int:
         """Bytes of the input, where a copy is over before the layer is; 0 where it is not."""
         size = self.input_bytes(rows, length)
-        work = rows * length * (2 * self._hidden * (self._qkv + self._attended + 1.5 * self._gate_up))
-        return size if work >= WORK_OF_A_BYTE * size else 0
+        return size if rows * length * self._products >= WORK_OF_A_BYTE * size else 0
+
+    def attended_bytes(self, rows: int, length: int) -> tuple[int, int]:
+        """Of attention's output and of what stays on the GPU beside it; zeros where copies take longer than a layer."""
+        tokens = rows * length
+        size = 2 * tokens * self._attended
+        work = tokens * (self._products + 2 * length * self._attended)
+        in_time = work >= WORK_OF_A_BYTE * (size + self.input_bytes(rows, length))
+        return (size, 4 * tokens * self._heads) if in_time else (0, 0)
+
+    @property
+    def _products(self) -> float:
+        """Floating-point operations of a token in the products of a forward."""
+        return 2 * self._hidden * (self._qkv + self._attended + 1.5 * self._gate_up)
 
     def levels(self, rows: int, length: int) -> Sequence[Level]:
         """One for each member of :class:`Keep`, in its order, for 16-bit activations."""

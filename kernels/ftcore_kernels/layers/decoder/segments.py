@@ -78,6 +78,7 @@ class Member:
         kept, self._kept = self._kept, None
         assert kept is not None
         kept.x, self._x, self._source = self._input(), None, None
+        kept.arrive()
         return kept
 
     def _input(self) -> torch.Tensor:
