@@ -88,6 +88,8 @@ class Forecast:
             return "what this trainer makes of a row is not counted (its `TrainerSpec.passes` would say)"
         if trainer.teacher:
             return "what a teacher takes is not counted"
+        if getattr(plan.run.adapter, "path", None):
+            return "what an adapter takes that goes on from a folder is not counted"
         if plan.family.vision is not None:
             return "what images take is not counted"
         if len(layers) != model.config.get_text_config().num_hidden_layers:
@@ -178,8 +180,7 @@ class Forecast:
         """Bytes of the copy that a reference model has of what is trained; without its adapter it needs none."""
         trainer = self.plan.trainer
         needed = trainer is not None and trainer.reference_model and self.passes.unlearnt > 0
-        starts_anew = self.adapted and getattr(self.plan.run.adapter, "path", None) is None
-        return int(self._of_trained(self.trained_width)) if needed and not starts_anew else 0
+        return int(self._of_trained(self.trained_width)) if needed and not self.adapted else 0
 
     @property
     def _in_32_bits(self) -> bool:

@@ -71,6 +71,7 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
     """
     from ftcore.answers import Answers
     from ftcore.record import RunFolder, Stopwatch, claimed
+    from ftcore.too_large import refuse_too_large
 
     watch = Stopwatch()
     hooks, plan = prepare(config, plugins)
@@ -89,6 +90,7 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         collator = hooks.maybe(h.ftcore_make_collator, plan=plan, tokenizer=tokenizer)
         watch.lap("data")
 
+        refuse_too_large(hooks, plan)
         loaded = load(hooks, plan, tokenizer)
         model, tokenizer = loaded.model, loaded.tokenizer
         folder.show_patches(loaded.patches)

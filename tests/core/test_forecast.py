@@ -227,10 +227,12 @@ def test_what_is_not_counted_is_said(words: str, reason: str, in_tmp, capsys: py
     assert reason in capsys.readouterr().out
 
 
-def test_a_teacher_is_not_counted() -> None:
+def test_a_teacher_and_an_adapter_from_a_folder_are_not_counted() -> None:
     hooks, plan = pipeline.prepare(validated(["+model=qwen3", "model.tiny=true", "+trainer=sft", "output_dir=nowhere"]))
     model = on_meta(hooks, plan)[0]
     assert plan.trainer is not None
     assert isinstance(Forecast.of(plan, model), Forecast)
+    goes_on = replace(plan, run=replace(plan.run, adapter=replace(plan.run.adapter, path="runs/one/adapter")))
+    assert Forecast.of(goes_on, model) == "what an adapter takes that goes on from a folder is not counted"
     taught = replace(plan, trainer=replace(plan.trainer, teacher=True))
     assert "teacher" in str(Forecast.of(taught, model))
