@@ -1,8 +1,8 @@
 """What a run will take of a GPU's and the host's memory, said from the plan alone: no weight is read, no GPU is needed.
 
-Counted are the weights, the gradients and moments of what is trained, what the layers keep for their backward, the
-largest work that is done for a while, and the cache of keys and values where the model writes completions: by the very
-numbers that `memory` decides by. What the allocator rounds up is not known here: `free` leaves room for it.
+Counted are what is held at all times (:mod:`ftcore.held`), what the layers keep for their backward, the largest work
+that is done for a while, and the cache of keys and values where the model writes completions: by the very numbers that
+`memory` decides by. What the allocator rounds up is not known here: `free` leaves room for it.
 """
 
 from __future__ import annotations
@@ -13,25 +13,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ftcore.catalog import installed
 from ftcore.config import Graphs, Memory
-from ftcore.memory import (
-    HOST_PART,
-    OFFLOADED,
-    head_bytes,
-    host_room,
-    host_weights_of,
-    layers_that_choose,
-    micro_batch,
-    optimizer_bytes,
-    writes,
-)
+from ftcore.held import Held
+from ftcore.memory import HOST_PART, OFFLOADED, head_bytes, host_room, layers_that_choose, micro_batch
 from ftcore.planner import GIVEN_AWAY, Planner
 from ftcore.specs import Passes, Plan, Recomputing
 from ftcore.store import Store, sizes, stored
 
-BITS = "bits_per_weight"
-"""Function of a quantizer's module: from its config to the bits that a frozen weight takes, scales included."""
 CONTEXT = 2**29
 """Bytes left for what CUDA and the libraries take for themselves: an allowance, not a measurement."""
 WORKSPACES = 2**26
@@ -71,13 +59,8 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Held):
     """Of a run whose model, adapter and kernels are there without weights."""
-
-    plan: Plan
-    model: Any
-    layers: Sequence[Recomputing]
-    passes: Passes
 
     @classmethod
     def of(cls, plan: Plan, model: Any) -> Forecast | str:
@@ -98,106 +81,6 @@ class Forecast:
             for before, layer in zip([None, *layers], layers, strict=False):
                 layer.follow(before)
         return cls(plan, model, layers, passes)
-
-    # ------------------------------------------------------------------------------------------------- the fixed part
-
-    @cached_property
-    def fixed(self) -> int:
-        """Bytes of weights, gradients and the optimizer's moments, in 16-bit training on a GPU."""
-        return int(self._weights + self._of_trained(2 * self.trained_width + self.state_bytes))
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the optimizer's state for a trained weight."""
-        return optimizer_bytes(self.plan)
-
-    @cached_property
-    def bits(self) -> float:
-        """Of a frozen weight in the layers, scales included."""
-        quantizer, wide = self.plan.run.quantizer, 4 if self._in_32_bits else 2
-        if quantizer is None:
-            return 8 * wide
-        of_weight = getattr(installed().find("quantizer", quantizer.name).load(), BITS, None)
-        return float(of_weight(quantizer)) if of_weight else 8 * wide
-
-    @cached_property
-    def dequantized(self) -> int:
-        """Bytes of a layer's weights in 16 bits, where they are made of 4 bits for a while.
-
-        The layers do not know: without weights they are plain.
-        """
-        if self.bits >= 8:
-            return 0
-        of_layers = (
-            sum(p.numel() for name, p in module.named_parameters() if p.ndim == 2 and "lora_" not in name)
-            for module in self.model.modules()
-            if hasattr(module, "ftcore_recompute")
-        )
-        return 2 * int(max(of_layers))
-
-    @property
-    def head_weights(self) -> int:
-        """Bytes of the head, tied to the embedding or not."""
-        return (4 if self._in_32_bits else 2) * int(self._text.vocab_size) * int(self._text.hidden_size)
-
-    @cached_property
-    def _weights(self) -> float:
-        """Of what is frozen, and of a reference model's own copy of what is trained."""
-        wide = 4 if self._in_32_bits else 2
-        inside = {
-            id(parameter)
-            for module in self.model.modules()
-            if hasattr(module, "ftcore_recompute")
-            for parameter in module.parameters()
-            if parameter.ndim == 2
-        }
-        total = 0.0
-        for parameter in self.model.parameters():
-            if not parameter.requires_grad:
-                total += parameter.numel() * (self.bits / 8 if id(parameter) in inside else wide)
-        return total + self._reference
-
-    @property
-    def trained_width(self) -> int:
-        """Bytes of a trained weight: an adapter's matrices are in 32 bits, other weights as the model is."""
-        return 4 if self.adapted or self._in_32_bits else 2
-
-    @property
-    def adapted(self) -> bool:
-        """Whether an adapter is what is trained."""
-        return hasattr(self.model, "peft_config")
-
-    @cached_property
-    def trained(self) -> int:
-        """Weights that are trained."""
-        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-
-    def _of_trained(self, width: float) -> float:
-        return self.trained * width
-
-    @property
-    def _reference(self) -> int:
-        """Bytes of the copy that a reference model has of what is trained; without its adapter it needs none."""
-        trainer = self.plan.trainer
-        needed = trainer is not None and trainer.reference_model and self.passes.unlearnt > 0
-        return int(self._of_trained(self.trained_width)) if needed and not self.adapted else 0
-
-    @property
-    def _in_32_bits(self) -> bool:
-        assert self.plan.run.model is not None
-        return self.plan.run.model.dtype == "float32"
-
-    @cached_property
-    def leaving(self) -> tuple[int, int]:
-        """Bytes of the embedding and of the head that `offload` leaves in host memory."""
-        embedding = head = 0
-        for weights in host_weights_of(self.model):
-            wide = 4 if self._in_32_bits else 2
-            if (parameter := weights.embedding()) is not None:
-                embedding += wide * parameter.numel()
-            if (parameter := weights.head()) is not None and not writes(self.plan):
-                head += wide * parameter.numel()
-        return embedding, head
 
     # -------------------------------------------------------------------------------------------------- a micro-batch
 
@@ -240,7 +123,7 @@ class Forecast:
         head = head_bytes(self.model, rows, length)
         if self.passes.logprobs:
             # The final norm's output is kept for the logits that the backward computes again.
-            head += 2 * rows * length * int(self._text.hidden_size)
+            head += 2 * rows * length * int(self.text.hidden_size)
         gone = 0
         if memory is Memory.offload:
             gone, fetched = sum(self.leaving), self.leaving[1]
@@ -285,10 +168,10 @@ class Forecast:
     @cached_property
     def row_bytes(self) -> int:
         """Bytes of keys and values of one token of one row, in all layers."""
-        text = self._text
+        text = self.text
         heads = int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
         dim = int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-        return 2 * heads * dim * len(self.layers) * (4 if self._in_32_bits else 2)
+        return 2 * heads * dim * len(self.layers) * self.width
 
     def writing(self, memory: Memory, rows: int, length: int) -> int:
         """Bytes of the GPU while so many completions are written at once; 0 where none is.
@@ -298,8 +181,8 @@ class Forecast:
         if not self.passes.written:
             return 0
         gone = self.leaving[0] if memory is Memory.offload else 0
-        there = self.fixed - int(self._of_trained(self.trained_width)) - gone + WORKSPACES
-        return there + rows * length * self.row_bytes + 6 * rows * int(self._text.vocab_size)
+        there = self.fixed - self.gradients - gone + WORKSPACES
+        return there + rows * length * self.row_bytes + 6 * rows * int(self.text.vocab_size)
 
     # -------------------------------------------------------------------------------------------------------- answers
 
@@ -328,15 +211,11 @@ class Forecast:
         run = replace(self.plan.run, trainer=replace(self.plan.run.trainer, **trainer))
         return replace(self, plan=replace(self.plan, run=run))
 
-    @property
-    def _text(self) -> Any:
-        return self.model.config.get_text_config()
-
 
 @contextmanager
 def _as_they_were(layers: Sequence[Recomputing]) -> Iterator[None]:
     """What layers are told meanwhile is forgotten."""
-    names = ("choose", "may_record", "away", "inside", "tiled")
+    names = ("choose", "may_record", "away", "attended", "inside", "tiled")
     before = [[getattr(layer, name) for name in names] for layer in layers]
     try:
         yield

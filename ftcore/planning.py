@@ -11,7 +11,8 @@ from typing import Any
 from ftcore.cards import Card, called, of_size, present
 from ftcore.catalog import installed
 from ftcore.config import Memory, Optimizer, QuantizerConfig
-from ftcore.forecast import BITS, STEP, Forecast, Layout, free, host_free
+from ftcore.forecast import STEP, Forecast, Layout, free, host_free
+from ftcore.held import BITS
 from ftcore.hooks import PROJECT
 from ftcore.report import heading, note, table
 from ftcore.specs import Plan

@@ -161,7 +161,7 @@ class Pace:
         text = self.forecast.model.config.get_text_config()
         inner = getattr(text, "intermediate_size", 4 * text.hidden_size)
         inner = inner if isinstance(inner, int) else max(inner)
-        keys = self.forecast.row_bytes // len(self._layers) // (4 if self.forecast._in_32_bits else 2)
+        keys = self.forecast.row_bytes // len(self._layers) // self.forecast.width
         columns = TOUCHED * int(text.hidden_size) + 2 * (self._width + keys) + 3 * int(inner)
         return 2.0 * tokens * columns / (self.card.bandwidth * BANDWIDTH)
 

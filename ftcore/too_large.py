@@ -36,9 +36,7 @@ def found(forecast: Forecast, there: int) -> Problem | None:
     assert plan.run.trainer is not None
     leaves = sum(forecast.leaving) if plan.run.memory is Memory.offload else 0
     paged = plan.run.trainer.optimizer in PAGED
-    moments = 0 if paged else forecast.trained * forecast.state_bytes
-    gradients = forecast.trained * forecast.trained_width
-    weights = forecast.fixed - forecast.trained * (forecast.state_bytes + forecast.trained_width) - leaves
+    weights, gradients, moments = forecast.weights - leaves, forecast.gradients, 0 if paged else forecast.moments
     if weights + gradients + moments <= there:
         return None
     parts = f"weights {size(weights)}, gradients {size(gradients)}, moments of the optimizer {size(moments)}"

@@ -267,6 +267,27 @@ def test_it_waits_by_the_plan(host, monkeypatch, attends) -> None:
     assert host.booked == pytest.approx(2 * (room - 1), rel=0.01)
 
 
+@pytest.mark.slow
+def test_sixteen_thousand_tokens(host, monkeypatch) -> None:
+    """Tiles, groups of heads, inputs and outputs in host memory by late copies: all in one, against everything kept."""
+    _, ours = pair(num_hidden_layers=2, max_position_embeddings=2**14, num_attention_heads=2)
+    data = batch(1, 2**14)
+    one_level(ours, 4)
+    expected = manual(ours, data)
+    monkeypatch.setattr(Recompute, "tile", lambda self, hidden: 1000)
+    monkeypatch.setattr(Recompute, "group", lambda self, hidden: 1)
+    delay(host, monkeypatch)
+    for starts, attended in (((0, 1), 1), ((0,), 0)):
+        one_level(ours)
+        for index, layer in enumerate(layers(ours)):
+            chosen = layer.ftcore_recompute
+            chosen.inside, chosen.away, chosen.attended = index not in starts, index == 0, index < attended
+        found = manual(ours, data)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=0)
+        for name, gradient in expected[1].items():
+            assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 # Where a segment ends ----------------------------------------------------------------------------------------------
 
 
