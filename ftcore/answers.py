@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ftcore.config import SamplingConfig
 from ftcore.errors import Problem, Refused
 from ftcore.pieces import Pieces, decoded
-from ftcore.specs import Generator, Sampling, Streaming
+from ftcore.specs import Conversing, Generator, Sampling, Streaming
 from ftcore.tokens import render
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Answers:
         sampling: SamplingConfig,
     ) -> None:
         self._generator, self._model, self._tokenizer, self._settings = generator, model, tokenizer, sampling
+        self._talk: Streaming | None = None
 
     def to(self, prompts: Sequence[str], continues: bool = False) -> list[str]:
         """One answer per prompt, each in a conversation of its own, all of them written at once.
@@ -67,7 +68,7 @@ class Answers:
             said += text
             show(text)
 
-        generator, ids, sampling = self._needed(), self._asked(messages), self._sampling()
+        generator, ids, sampling = self._talk or self._needed(), self._asked(messages), self._sampling()
         if isinstance(generator, Streaming):
             generator.stream(ids, sampling, lambda new: shown(pieces.add(new)))
         else:
@@ -85,6 +86,16 @@ class Answers:
             yield generator
         finally:
             generator.end_rollout()
+
+    @contextmanager
+    def talking(self) -> Iterator[None]:
+        """As `writing`; what was read for a message is kept for the `next`, by a generator that can."""
+        with self.writing() as generator:
+            self._talk = generator.conversation() if isinstance(generator, Conversing) else None
+            try:
+                yield
+            finally:
+                self._talk = None
 
     def _needed(self) -> Generator:
         if self._generator is None:

@@ -7,15 +7,28 @@ from ftcore.specs.family import Bundle, Chat, Limit, ModelFamily, Vision
 from ftcore.specs.kernels import Claim, Kernel, Leaving, Level, PatchReport, Phase, Recomputing, Requirement, Role, Skip
 from ftcore.specs.plan import Plan, PluginInfo
 from ftcore.specs.results import Answer, Artifact, Loaded, RunResult
-from ftcore.specs.training import Completions, Generator, Passes, Reward, Sampling, Streaming, TrainerSpec, TrainReport
+from ftcore.specs.training import (
+    Batching,
+    Completions,
+    Conversing,
+    Generator,
+    Passes,
+    Reward,
+    Sampling,
+    Streaming,
+    TrainerSpec,
+    TrainReport,
+)
 
 __all__ = [
     "Answer",
     "Artifact",
+    "Batching",
     "Bundle",
     "Chat",
     "Claim",
     "Completions",
+    "Conversing",
     "DataFormat",
     "Generator",
     "Kernel",

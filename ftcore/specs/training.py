@@ -121,6 +121,31 @@ class Streaming(Protocol):
         ...
 
 
+@runtime_checkable
+class Conversing(Protocol):
+    """A generator that can keep what it has read between the turns of a conversation."""
+
+    def conversation(self) -> Streaming:
+        """Streams as the generator does, to the same tokens, whatever each prompt has in common with the one before.
+
+        What is kept is dropped by every other call of the generator; `end_rollout` gives its memory back.
+        """
+        ...
+
+
+@runtime_checkable
+class Batching(Protocol):
+    """A generator that takes any number of prompts in a call, and decides itself how many it completes at once.
+
+    An evaluation gives it the prompts of many batches together. Others are given those of one: `trainer.micro_batch`.
+    """
+
+    @property
+    def at_once(self) -> int:
+        """Prompts that it completes at once, if the memory is there; 1 or more."""
+        ...
+
+
 Reward = Callable[..., Sequence[float | None]]
 """`f(prompts, completions, **columns) -> one float per completion`, as TRL defines reward functions."""
 

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         raise Refused(Problem("run", message, "use the trained folder with transformers' pipeline"))
     generator = hooks.maybe(h.ftcore_make_generator, plan=plan, model=loaded.model, tokenizer=loaded.tokenizer)
     answers = Answers(generator, loaded.model, loaded.tokenizer, config.sampling)
-    with answers.writing():
+    with answers.talking():
         return _talk(answers.next, config.sampling)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftcore.answers import end_ids
-from ftcore.specs import Generator, Loaded, Sampling
+from ftcore.specs import Batching, Generator, Loaded, Sampling
 from ftcore.testing import runs
 from ftcore.testing.plugin import PluginContract
 
@@ -60,6 +60,16 @@ class GeneratorContract(PluginContract):
         assert generator.generate(prompts, GREEDY).ids == together
         assert generator.generate(prompts[::-1], GREEDY).ids == together[::-1]
         assert [generator.generate([prompt], GREEDY).ids[0] for prompt in prompts] == together
+
+    def test_any_number_of_prompts(self) -> None:
+        """A generator that says how many it completes at once takes one more, and completes each in its place."""
+        generator, _, prompts = self.made()
+        if not isinstance(generator, Batching):
+            return
+        assert generator.at_once > 0
+        shortly = Sampling(max_new_tokens=2, temperature=0.0)
+        apart, times = generator.generate(prompts, shortly).ids, generator.at_once // len(prompts) + 1
+        assert generator.generate(prompts * times, shortly).ids == apart * times
 
     def test_model_is_left_as_it_was(self) -> None:
         """Training mode, gradients and weights are not touched."""

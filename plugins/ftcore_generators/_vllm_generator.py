@@ -49,6 +49,11 @@ class VllmGenerator:
         """Whether the engine's weights are those of an earlier step, or none."""
         self._version = 0
 
+    @property
+    def at_once(self) -> int:
+        """Completions written at once."""
+        return self._config.max_sequences
+
     def generate(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
         """One completion per prompt, with the log-probabilities that its tokens were drawn with."""
         from vllm import SamplingParams

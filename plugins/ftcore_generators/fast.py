@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from ftcore.specs import Streaming
     from ftcore_kernels.decoding.engine import Engine
+    from ftcore_kernels.decoding.kept import Kept
 
 T = TypeVar("T")
 
@@ -66,8 +68,14 @@ class FastGenerator:
         self._base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
         self._other = TransformersGenerator(model, tokenizer, config.batch)
         self._engine: Engine | None = None
+        self._kept: Kept | None = None
         self._covered = True
         self._said: set[str] = set()
+
+    @property
+    def at_once(self) -> int:
+        """Completions written at once, if the memory is there."""
+        return self._config.batch
 
     def generate(
         self,
@@ -80,6 +88,7 @@ class FastGenerator:
         :param media: For each prompt what the model takes besides its tokens, such as `pixel_values`, as the family's
             processor made it of this prompt alone.
         """
+        self._kept = None
         return self._written(
             lambda engine, ends: engine.run(_requests(prompt_ids, sampling, media), sampling, ends),
             lambda: self._other.generate(prompt_ids, sampling, media),
@@ -87,19 +96,48 @@ class FastGenerator:
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling, show: Callable[[list[int]], None]) -> list[int]:
         """Complete one prompt, and show what is new every few tokens."""
-        return self._written(
-            lambda engine, ends: engine.stream(_requests([prompt_ids], sampling, None)[0], sampling, ends, show),
-            lambda: self._other.stream(prompt_ids, sampling, show),
-        )
+        self._kept = None
+        return self._streamed(prompt_ids, sampling, show)
+
+    def conversation(self) -> Streaming:
+        """Streams too, and keeps keys and values from one call to the next, until the generator is used otherwise."""
+        return _Conversation(self)
 
     def begin_rollout(self) -> None:
         """Nothing to take before the prompts are known: they say how long the cache must be."""
+        self._kept = None
 
     def end_rollout(self) -> None:
-        """Everything was given back with the last completion."""
+        """Everything was given back with the last completion, but for a conversation."""
+        self._kept = None
 
     def weights_changed(self) -> None:
         """The weights are the trained ones themselves, read anew for every call."""
+        self._kept = None
+
+    def _streamed(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        show: Callable[[list[int]], None],
+        kept: Kept | None = None,
+    ) -> list[int]:
+        return self._written(
+            lambda engine, ends: engine.stream(_requests([prompt_ids], sampling, None)[0], sampling, ends, show, kept),
+            lambda: self._other.stream(prompt_ids, sampling, show),
+        )
+
+    def _next(self, prompt_ids: Sequence[int], sampling: Sampling, show: Callable[[list[int]], None]) -> list[int]:
+        """As `_streamed`, from what was kept with the weights of now."""
+        from ftcore_kernels.decoding.kept import Kept, Weights
+
+        kept = self._kept
+        if kept is None or not kept.weights.are(self._model):
+            self._kept = kept = Kept(Weights(self._model))
+        try:
+            return self._streamed(prompt_ids, sampling, show, kept)
+        finally:
+            kept.weights = Weights(self._model)  # a pass itself may write to some, as PEFT's wrapper of experts does
 
     def _written(self, by_engine: Callable[[Engine, list[int]], T], otherwise: Callable[[], T]) -> T:
         from ftcore.answers import end_ids, evaluating
@@ -113,6 +151,7 @@ class FastGenerator:
                     self._say(f"transformers writes the completions, because {reason}")
                 finally:
                     engine.close()
+            self._kept = None
             return otherwise()
 
     def _ready(self) -> Engine | None:
@@ -152,6 +191,17 @@ class FastGenerator:
         if limit is not None:
             free = min(free, int(limit * 2**30) - torch.cuda.memory_allocated(device))
         return max(0, int(self._config.memory_fraction * free))
+
+
+class _Conversation:
+    """The generator for the turns of a conversation, one after the other."""
+
+    def __init__(self, generator: FastGenerator) -> None:
+        self._generator = generator
+
+    def stream(self, prompt_ids: Sequence[int], sampling: Sampling, show: Callable[[list[int]], None]) -> list[int]:
+        """As the generator's own; only what is behind the longest known beginning of the prompt is read."""
+        return self._generator._next(prompt_ids, sampling, show)
 
 
 def _requests(

@@ -33,6 +33,11 @@ class TransformersGenerator:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch: int) -> None:
         self._model, self._tokenizer, self._batch = model, tokenizer, batch
 
+    @property
+    def at_once(self) -> int:
+        """Prompts of one padded batch."""
+        return self._batch
+
     def generate(
         self,
         prompt_ids: Sequence[Sequence[int]],

@@ -19,7 +19,7 @@ from ftcore.answers import end_ids, evaluating
 from ftcore_trainers import _ppo_math as ppo
 from ftcore_trainers._fused_head import base_of, take_over
 from ftcore_trainers._lean_loop import LeanLoop, optimized
-from ftcore_trainers._rollouts import completed, hidden_states, padded, prompt_ids, weights_changed
+from ftcore_trainers._rollouts import WritesAhead, hidden_states, padded, prompt_ids, weights_changed
 
 if TYPE_CHECKING:
     from ftcore.specs import Generator, Reward
@@ -33,7 +33,7 @@ VALUE_HEAD = "value_head.safetensors"
 """File of a checkpoint beside the adapter's: the value head and the KL coefficient."""
 
 
-class PPOTrainer(LeanLoop, Trainer):
+class PPOTrainer(WritesAhead, LeanLoop, Trainer):
     """Policy, reference and value share one set of base weights.
 
     The policy is the model with its adapter, the reference the model without it, and the value a linear layer on the
@@ -79,10 +79,10 @@ class PPOTrainer(LeanLoop, Trainer):
     @torch.no_grad()
     def roll_out(self, rows: Rows) -> Batch:
         """Complete the prompts, score the completions, and find advantages and returns: all that updates need."""
-        prompts = [prompt_ids(self.processing_class, row["prompt"]) for row in rows]
+        prompts = self.ids_of(rows)
         s = self._settings
         sampling = Sampling(max_new_tokens=s.max_completion_length, temperature=s.temperature, top_p=s.top_p)
-        completions = completed(self._generator, prompts, sampling).ids
+        completions = self.written(prompts, sampling).ids
         batch = self._padded(prompts, completions)
         scores = self._scores(rows, completions)
         mask = batch["mask"]
@@ -119,6 +119,10 @@ class PPOTrainer(LeanLoop, Trainer):
             "advantages": advantages,
             "returns": returns,
         }
+
+    def ids_of(self, rows: Rows) -> list[list[int]]:
+        """Token ids of the rows' prompts."""
+        return [prompt_ids(self.processing_class, row["prompt"]) for row in rows]
 
     def _scores(self, rows: Rows, completions: list[list[int]]) -> Tensor:
         """The sum of the rewards of each completion `[rows]`; one that no reward applies to has 0."""

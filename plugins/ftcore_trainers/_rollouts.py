@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ftcore import Sampling
+from ftcore.specs import Batching
 from ftcore_trainers._lean_loop import LeanLoop
+from ftcore_trainers._written_ahead import TIMES, Ahead
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +19,40 @@ if TYPE_CHECKING:
     from ftcore_trainers._reference import Reference
 
 
-class Rollouts(LeanLoop):
+class WritesAhead:
+    """A base to put before a trainer of transformers' kind that has held-out prompts completed."""
+
+    args: Any
+    _generator: Generator
+    _ahead: Ahead | None = None
+
+    def ids_of(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        """Token ids of the rows' prompts, as the trainer will ask for their completions."""
+        raise NotImplementedError
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's own; a generator that says how many it completes at once is given many batches in a call."""
+        # Under accelerate's loader, which finds out which batch is the last: metrics are gathered by that.
+        plain = dataloader.base_dataloader
+        if isinstance(self._generator, Batching):
+            batches = max(1, TIMES * self._generator.at_once // self.args.eval_batch_size)
+            self._ahead = dataloader.base_dataloader = Ahead(plain, batches, self.ids_of)
+        try:
+            return super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            dataloader.base_dataloader, self._ahead = plain, None
+
+    def written(self, prompt_ids: Sequence[Sequence[int]], sampling: Sampling) -> Completions:
+        """One completion per prompt: what was written ahead, or else written now."""
+
+        def write(prompts: Sequence[Sequence[int]]) -> Completions:
+            return completed(self._generator, prompts, sampling)
+
+        taken = None if self._ahead is None else self._ahead.taken(prompt_ids, write)
+        return write(prompt_ids) if taken is None else taken
+
+
+class Rollouts(WritesAhead, LeanLoop):
     """A base to put before GRPOTrainer or RLOOTrainer: completions from a Generator, and the given reference model."""
 
     model: Any
@@ -61,7 +96,12 @@ class Rollouts(LeanLoop):
         """One completion per prompt; TRL repeats each prompt once per completion of its group already."""
         if images:
             raise NotImplementedError("the generator completes text prompts only")
-        return completed(self._generator, prompt_ids, sampling_of(self.args, self.max_completion_length))
+        return self.written(prompt_ids, sampling_of(self.args, self.max_completion_length))
+
+    def ids_of(self, rows: list[dict[str, Any]]) -> list[list[int]]:
+        """Token ids of the rows' prompts, as TRL makes them."""
+        ids: list[list[int]] = self._tokenize_prompts([row["prompt"] for row in rows])[0]  # type: ignore[attr-defined]
+        return ids
 
 
 def sampling_of(args: Any, max_new_tokens: int) -> Sampling:

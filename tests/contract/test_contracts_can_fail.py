@@ -281,6 +281,15 @@ def ftcore_patch_model(plan, model, phase):
         ),
         {"test_completions_end_by_the_rules"},
     ),
+    "generator_mixes_batches_up": Mistake(
+        "generator",
+        GENERATOR.replace(
+            "BODY",
+            "ids = super().generate(prompt_ids, sampling).ids\n"
+            "        return ftcore.Completions(ids=ids[self.at_once :] + ids[: self.at_once])",
+        ),
+        {"test_any_number_of_prompts"},
+    ),
     "generator_leaves_eval_mode": Mistake(
         "generator",
         GENERATOR.replace("BODY", "self._model.eval()\n        return super().generate(prompt_ids, sampling)"),

@@ -52,6 +52,23 @@ class Cache:
         self.keys[layer][rows, :, places] = k[0].transpose(0, 1)
         self.values[layer][rows, :, places] = v[0].transpose(0, 1)
 
+    @property
+    def cuts(self) -> bool:
+        """Whether a row may go on from any of its first tokens: a convolution keeps only its last inputs."""
+        return not self.tails
+
+    def first(self, layer: int, row: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[1, Hkv, length, D]` of a row's first tokens."""
+        return self.keys[layer][row : row + 1, :, :length], self.values[layer][row : row + 1, :, :length]
+
+    def lengthen(self, length: int, kept: int) -> None:
+        """Make rows longer, one layer after the other; their first `kept` tokens stay."""
+        self.length = rounded(length)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_empty((self.rows, old.shape[1], self.length, old.shape[3]))
+                tensors[layer][:, :, :kept] = old[:, :, :kept]
+
     def copy(self, sources: torch.Tensor, targets: torch.Tensor, length: int) -> None:
         """Copy the first tokens of some rows to others, int64 `[N]` each."""
         for tensor in (*self.keys, *self.values):

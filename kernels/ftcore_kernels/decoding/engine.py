@@ -12,9 +12,10 @@ import torch
 from ftcore import Completions, Role, Sampling
 from ftcore_kernels.decoding import layers, modules, weights
 from ftcore_kernels.decoding.cache import Cache, row_bytes
+from ftcore_kernels.decoding.kept import Kept
 from ftcore_kernels.decoding.layers import Layers
 from ftcore_kernels.decoding.modules import Own
-from ftcore_kernels.decoding.recording import recordable
+from ftcore_kernels.decoding.recording import fixed_rope, recordable
 from ftcore_kernels.decoding.requests import Request
 from ftcore_kernels.decoding.run import Run
 from ftcore_kernels.layers.uncovered import Uncovered
@@ -90,16 +91,28 @@ class Engine:
 
     @torch.no_grad()
     def stream(
-        self, request: Request, sampling: Sampling, ends: Sequence[int], show: Callable[[list[int]], None]
+        self,
+        request: Request,
+        sampling: Sampling,
+        ends: Sequence[int],
+        show: Callable[[list[int]], None],
+        kept: Kept | None = None,
     ) -> list[int]:
-        """The completion of one request; `show` is given what is new at every look. Raises Uncovered as `run`."""
+        """The completion of one request; `show` is given what is new at every look. Raises Uncovered as `run`.
+
+        :param kept: What was kept of the calls before: it is gone on from, and holds this one afterwards.
+        """
+        if request.media is not None or not fixed_rope(self._base.config):
+            kept = None  # the same ids may have other keys: of other images, or in a longer row
         self.open()
         self._prepare(1)
         assert self._layers is not None
-        run, written = Run(self, self._layers, [request], sampling, ends), list[int]()
+        run, written = Run(self, self._layers, [request], sampling, ends, kept), list[int]()
         for _ in run.looks():
             if new := run.written(len(written)):
                 written += new
+                if kept is not None:  # before anybody is shown it, who may end it; the last token is not read yet
+                    kept.ids = [*request.prompt, *written[:-1]]
                 show(new)
             run.ended()
         return written

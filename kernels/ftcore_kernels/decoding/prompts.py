@@ -14,6 +14,9 @@ from ftcore_kernels.layers.decoder.attention.choice import fused
 from ftcore_kernels.layers.uncovered import Uncovered
 from ftcore_kernels.reference.decode_attention import Scores
 
+AT_ONCE = 2**26
+"""Scores that are there at a time, of all heads, where they are not computed by a kernel."""
+
 
 class Packed:
     """Prompts of these lengths, one behind the other."""
@@ -79,15 +82,34 @@ def masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, ma
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scores.scale, enable_gqa=gqa).transpose(1, 2)
 
 
+def behind(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
+    """The last tokens of one prompt `[1, Hq, T, D]` see all of it `[1, Hkv, L, D]` -> `[1, T, Hq, D]`.
+
+    A few queries at a time, with the keys that they reach: their mask and scores are dense.
+    """
+    number, length = q.shape[2], k.shape[2]
+    size, parts = max(1, AT_ONCE // (q.shape[1] * length)), []
+    for start in range(length - number, length, size):
+        end = min(start + size, length)
+        first = 0 if scores.window is None else max(0, start - scores.window + 1)
+        if scores.chunk is not None:
+            first = start // scores.chunk * scores.chunk
+        block = q[:, :, start - length + number : end - length + number]
+        parts.append(_plain(block, k[:, :, first:end], v[:, :, first:end], scores))
+    return torch.cat(parts, 1)
+
+
 def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
-    """Causal attention in plain PyTorch, `[1, H, T, D]` -> `[1, T, Hq, D]`."""
-    length, gqa = q.shape[2], q.shape[1] != k.shape[1]
-    if scores.window is None and scores.softcap is None and scores.sinks is None:
+    """Causal attention in plain PyTorch of the last T tokens, `[1, H, T, D]` -> `[1, T, Hq, D]`."""
+    length, gqa = k.shape[2], q.shape[1] != k.shape[1]
+    plain = scores.softcap is None and scores.sinks is None
+    if plain and q.shape[2] < length:
+        sees = _sees(q.shape[2], length, scores, q.device)
+        return F.scaled_dot_product_attention(q, k, v, sees, scale=scores.scale, enable_gqa=gqa).transpose(1, 2)
+    if plain and scores.window is None and length <= (scores.chunk or length):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=gqa)
         return out.transpose(1, 2)
-    sees = torch.ones((length, length), dtype=torch.bool, device=q.device).tril()
-    if scores.window is not None:
-        sees &= ~sees.tril(-scores.window)
+    sees = _sees(q.shape[2], length, scores, q.device)
     wide = torch.promote_types(q.dtype, torch.float32)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).to(wide) for x in (k, v))
     found = q.to(wide) @ k.mT * scores.scale
@@ -98,3 +120,13 @@ def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) ->
         sinks = scores.sinks.to(wide).view(1, -1, 1, 1).expand(*found.shape[:3], 1)
         found = torch.cat((found, sinks), -1)
     return (found.softmax(-1)[..., :length] @ v).to(q.dtype).transpose(1, 2)
+
+
+def _sees(number: int, length: int, scores: Scores, device: torch.device) -> torch.Tensor:
+    """Bool `[number, length]`: which tokens the last ones see; a chunk begins with the first."""
+    key = torch.arange(length, device=device)
+    query = key[length - number :, None]
+    sees = key <= query
+    if scores.chunk is not None:
+        return sees & (key >= query // scores.chunk * scores.chunk)
+    return sees if scores.window is None else sees & (key > query - scores.window)

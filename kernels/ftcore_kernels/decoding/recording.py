@@ -37,8 +37,11 @@ def _aside(device: torch.device) -> torch.cuda.Stream:
 
 def recordable(config: Any, device: torch.device) -> bool:
     """Whether a step of the model asks nothing of the host."""
-    if device.type != "cuda":
-        return False
+    return device.type == "cuda" and fixed_rope(config)
+
+
+def fixed_rope(config: Any) -> bool:
+    """Whether a token's angles depend on its place alone, and not on how long its row has become."""
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     kinds = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
     return all(kind.get("rope_type", "default") in FIXED_ROPE for kind in kinds)

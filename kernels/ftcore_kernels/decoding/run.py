@@ -12,9 +12,10 @@ from ftcore import Sampling
 from ftcore_kernels.decoding import convolution, layers
 from ftcore_kernels.decoding.attention import Prompts, Step
 from ftcore_kernels.decoding.batch import Batch
+from ftcore_kernels.decoding.kept import Kept
 from ftcore_kernels.decoding.layers import Layers
 from ftcore_kernels.decoding.modules import Own
-from ftcore_kernels.decoding.prompts import Packed, masked
+from ftcore_kernels.decoding.prompts import Packed, behind, masked
 from ftcore_kernels.decoding.recording import recorded
 from ftcore_kernels.decoding.requests import Queue, Request, by_prompt
 from ftcore_kernels.decoding.sampling import Sampler
@@ -38,6 +39,7 @@ class Run:
         requests: Sequence[Request],
         sampling: Sampling,
         ends: Sequence[int],
+        kept: Kept | None = None,
     ) -> None:
         self._engine, self._layers, self._device = engine, computed, engine.device
         if empty := [request.index for request in requests if not request.prompt]:
@@ -48,13 +50,16 @@ class Run:
             raise Uncovered(f"rows may have {longest} tokens, and from {reach} on attention asks where a token stands")
         self._prompt_tokens = engine.prompt_tokens if reach is None else min(engine.prompt_tokens, reach)
         new = max(request.limit for request in requests)
-        self._cache = engine.cache(longest, len(requests))
+        made = partial(engine.cache, longest, len(requests))
+        self._cache, self._known = (made(), 0) if kept is None else kept.resumed(requests[0].prompt, longest, made)
         self._queue = Queue(requests, self._cache.rows)
         self._sample = Sampler(sampling, layers.op("draw", self._device))
         seen = engine.vocabulary if sampling.repetition_penalty != 1 else 0
         self._batch = Batch.empty(self._cache.rows, new, list(ends), self._device, seen)
         self._attend = layers.op("decode_attention", self._device)
         self._mask = engine.no_mask(self._cache.rows)
+        if self._known:  # a step that is recorded writes, and nothing that is kept
+            self._batch.positions.fill_(self._known)
 
     def results(self) -> Iterable[tuple[int, list[int], list[float]]]:
         """Index, tokens and log-probabilities of each request, as they are done."""
@@ -118,18 +123,22 @@ class Run:
         )  # fmt: skip
 
     def _read(self, groups: list[list[tuple[int, Request]]], lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts in one pass, into the row of the first request of each.
+        """Prompts in one pass, into the row of the first request of each; of one that is known in part, the rest.
 
         Returns the logits behind each, `[G, V]`, and how far positions are ahead of tokens there, int64 `[G]`.
         """
-        device, packed = self._device, Packed(lengths, self._device)
-        ids = torch.tensor([[token for group in groups for token in group[0][1].prompt]], device=device)
-        places = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        rows = torch.tensor([group[0][0] for group in groups]).repeat_interleave(torch.tensor(lengths)).to(device)
+        device, known = self._device, self._known
+        new = [length - known for length in lengths]
+        packed = Packed(new, device)
+        ids = torch.tensor([[token for group in groups for token in group[0][1].prompt[known:]]], device=device)
+        places = torch.cat([torch.arange(known, length) for length in lengths]).to(device)
+        rows = torch.tensor([group[0][0] for group in groups]).repeat_interleave(torch.tensor(new)).to(device)
         media = groups[0][0][1].media
 
         def attention(index: int, scores: Scores, mask: Any) -> Prompts:
-            if media is None:
+            if known:
+                inner = partial(self._behind, index, scores, lengths[0])
+            elif media is None:
                 inner = partial(packed.attend, scores=scores)
             else:
                 inner = partial(masked, scores=scores, mask=mask)
@@ -142,10 +151,16 @@ class Run:
             if media is not None:
                 logits, ahead = self._engine.shown(ids, media)
                 return logits[0], ahead
-            last = torch.tensor(lengths).cumsum(0).to(device) - 1
+            last = torch.tensor(new).cumsum(0).to(device) - 1
             mask = self._engine.no_mask(1)
             logits = self._engine.logits(ids, places[None], attention_mask=mask, logits_to_keep=last)[0]
             return logits, torch.zeros_like(last)
+
+    def _behind(
+        self, layer: int, scores: Scores, length: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """As a pass's attention: of the last tokens of the one prompt, whose keys are all in the cache by now."""
+        return behind(q, *self._cache.first(layer, 0, length), scores)
 
     def _step(self) -> None:
         """The next token of every row."""
