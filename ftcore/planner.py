@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ftcore.specs import Level, Recomputing
-from ftcore.store import STAY, Store, stored
+from ftcore.store import STAY, Sizes, Store, sizes, stored
 
 __all__ = ["GIVEN_AWAY", "STAY", "Lean", "Planner", "assign"]
 
@@ -104,8 +104,26 @@ class Planner:
         away = 0 if whole <= free else self._moved(rows, length)
         if sum(of_layer[0].kept for of_layer in levels) > free + away:
             return _least(self.layers, rows, length, free, self.host())
-        number = len(self.layers)
-        return _Plan(assign(levels, free + away), False, True, Store.of(number, number, number) if away else None)
+        chosen, store = assign(levels, free + away), None
+        if away:
+            number = len(self.layers)
+            store = Store.of(number, number, number)
+            chosen, store = self._attending(levels, free + away, chosen, store, sizes(self.layers, rows, length))
+        return _Plan(chosen, False, True, store)
+
+    def _attending(
+        self, levels: Sequence[Sequence[Level]], budget: int, chosen: list[int], store: Store, of_layer: Sizes
+    ) -> tuple[list[int], Store]:
+        """The levels, or fewer bytes on the GPU with what attention gave in host memory, if that saves more work."""
+        left = budget - of_layer.attended - len(levels) * of_layer.statistics
+        if not of_layer.attended or sum(of_one[0].kept for of_one in levels) > left:
+            return chosen, store
+        others = assign(levels, left)
+        least = next((index for index, level in enumerate(others) if level), len(others) - 1)
+        room = max(self.host() - store.host_bytes(of_layer), 0) // of_layer.attended
+        attended = replace(store, attended=min(least, room))
+        with_them = [max(level, int(index < attended.attended)) for index, level in enumerate(others)]
+        return (others, attended) if _again(levels, with_them) < _again(levels, chosen) else (chosen, store)
 
     def _moved(self, rows: int, length: int) -> int:
         """Bytes of GPU memory that it frees to let inputs wait in host memory, if that has room for them."""
@@ -138,6 +156,10 @@ def _least(layers: Sequence[Recomputing], rows: int, length: int, gpu: int, host
     """Every layer keeps its input only, or nothing where not all inputs fit so many bytes."""
     store = stored(layers, rows, length, gpu, host)
     return _Plan([0] * len(layers), False, True, store if store.away or store.made_again else None)
+
+
+def _again(levels: Sequence[Sequence[Level]], chosen: Sequence[int]) -> float:
+    return sum(of_layer[level].again for of_layer, level in zip(levels, chosen, strict=True))
 
 
 def assign(levels: Sequence[Sequence[Level]], budget: int) -> list[int]:

@@ -271,6 +271,24 @@ def test_what_attention_gave_waits_where_the_host_has_room(inputs, host, expecte
     assert "".join(str(levels[index]) for index, fake in enumerate(fakes) if fake.attended) == expected
 
 
+@pytest.mark.parametrize(
+    ("free", "host", "levels", "attended"),
+    [
+        (150, 10**6, "0001111111", 3),  # 182 bytes, and 11 of them for what leaves, so that one layer less keeps all
+        (150, 32 + 2, "0001111111", 2),
+        (150, 32 + 1, "0011111111", 0),  # one layer that attends again less, and one more
+        (150, 31, "0000011111", 0),  # not even the inputs leave
+        (75, 10**6, "0000000000", 0),  # no room for what stays
+    ],
+)
+def test_attention_is_not_computed_again_where_that_saves_most(free, host, levels, attended) -> None:
+    """What attention gave takes a byte of the host and one of the GPU, and one more of the GPU on its way."""
+    fakes = [Fake(attended_size=1) for _ in range(10)]
+    Planner(fakes, lambda *question: -1 if question[3] else free, lambda: host).attach()
+    assert "".join(str(fake.choose(1, 1)) for fake in fakes) == levels
+    assert [fake.attended for fake in fakes] == [True] * attended + [False] * (10 - attended)
+
+
 def test_segments_belong_to_the_shape_that_they_were_planned_for() -> None:
     """And each is spoken of once."""
     fakes, said = [Fake() for _ in range(10)], []
