@@ -125,7 +125,7 @@ class Answers:
             max_new_tokens=asked.max_new_tokens,
             temperature=asked.temperature,
             top_p=asked.top_p,
-            top_k=0 if greedy else TOP_K if top_k is None else top_k,
+            top_k=0 if greedy else TOP_K if top_k is None else max(top_k, 0),
             min_p=0.0 if greedy else getattr(own, "min_p", None) or 0.0,
             repetition_penalty=getattr(own, "repetition_penalty", None) or 1.0,
         )
@@ -141,12 +141,13 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and back to what it was."""
-    was = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(was)
+        for module in training:
+            module.training = True
 
 
 @contextmanager

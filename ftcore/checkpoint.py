@@ -137,8 +137,12 @@ def context_length(model: ModelConfig, family: ModelFamily) -> int | None:
 
 def _cached_config(model: ModelConfig) -> str | None:
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
+    try:
+        found = try_to_load_from_cache(model.id, "config.json", revision=model.revision)
+    except HFValidationError:  # no id: `problems` says so
+        return None
     return found if isinstance(found, str) else None
 
 

@@ -10,6 +10,7 @@ from ftcore.config import TrainerConfig
 from ftcore.errors import Problem
 from ftcore.sources import argument_names, enum_values
 from ftcore.specs import Plan
+from ftcore.specs.training import COLDEST
 
 ABOVE_0 = ("learning_rate", "loraplus_ratio", "global_batch", "max_length", "logging_steps")
 FROM_0 = (
@@ -72,6 +73,9 @@ def check_numbers(plan: Plan) -> Iterator[Problem]:
     """Every number is in its range, and the batch can be divided."""
     run, trainer = plan.run, plan.run.trainer
     yield from _range("sampling", run.sampling, above_0=("max_new_tokens",), from_0=("temperature",))
+    if 0 < run.sampling.temperature < COLDEST:
+        fix = f"give 0 for the likeliest token each time, or {COLDEST:g} and above"
+        yield Problem("sampling.temperature", f"is {run.sampling.temperature}", fix)
     if not 0 < run.sampling.top_p <= 1:
         yield Problem("sampling.top_p", f"is {run.sampling.top_p}", "give a number above 0 and up to 1")
     if run.model and run.model.max_length is not None:

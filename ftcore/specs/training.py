@@ -78,6 +78,10 @@ class Sampling:
     repetition_penalty: float = 1.0
 
 
+COLDEST = 1e-6
+"""Lowest temperature above 0: logits divided by a smaller one may leave the range of 32 bits."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completions:
     """What a generator wrote, one row per prompt."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ftcore import Completions, GeneratorConfig, Plan, Problem, Sampling, hookimpl
@@ -71,6 +72,8 @@ class FastGenerator:
         self._kept: Kept | None = None
         self._covered = True
         self._said: set[str] = set()
+        self._one = RLock()
+        """One call at a time: the engine computes in the model's own modules. Who is shown tokens may call again."""
 
     @property
     def at_once(self) -> int:
@@ -143,7 +146,7 @@ class FastGenerator:
         from ftcore.answers import end_ids, evaluating
         from ftcore_kernels.layers.uncovered import Uncovered
 
-        with evaluating(self._model):
+        with self._one, evaluating(self._model):
             if (engine := self._ready()) is not None:
                 try:
                     return by_engine(engine, end_ids(self._model, self._tokenizer))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from ftcore import Plan, Problem
+from ftcore.specs.training import COLDEST
 
 OWNED_BY_ROLLOUTS = frozenset(
     {
@@ -30,8 +32,12 @@ def problems(plan: Plan, nucleus: bool = True) -> Iterator[Problem]:
     config: Any = plan.run.trainer
     if config.max_completion_length < 1:
         yield Problem("trainer.max_completion_length", f"is {config.max_completion_length}", "give a number above 0")
-    if config.temperature <= 0:
-        yield Problem("trainer.temperature", f"is {config.temperature}", "sampling needs a temperature above 0")
+    if not COLDEST <= config.temperature < math.inf:
+        fix = f"sampling needs a temperature of {COLDEST:g} or above"
+        yield Problem("trainer.temperature", f"is {config.temperature}", fix)
+    min_p = config.args.get("min_p")
+    if isinstance(min_p, int | float) and not 0 <= min_p <= 1:
+        yield Problem("trainer.args.min_p", f"is {min_p}", "give a part of the likeliest token's chance, from 0 to 1")
     if nucleus and not 0 < config.top_p <= 1:
         yield Problem("trainer.top_p", f"is {config.top_p}", "give a number above 0 and up to 1")
     if config.packing:

@@ -110,7 +110,7 @@ def sampling_of(args: Any, max_new_tokens: int) -> Sampling:
         max_new_tokens=max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
-        top_k=args.top_k or 0,
+        top_k=max(args.top_k or 0, 0),  # some libraries write -1 for any number
         min_p=args.min_p or 0.0,
         repetition_penalty=args.repetition_penalty,
     )

@@ -364,7 +364,10 @@ CASES = {
     # GRPO.
     "group-of-one": wrong(f"{GRPO} trainer.num_generations=1", CONFIG, "trainer.num_generations: is 1", "at least 2"),
     "groups-in-batch": wrong(f"{GRPO} trainer.num_generations=3", CONFIG, "8 is no multiple", "trainer.global_batch=6"),
-    "greedy-rollouts": wrong(f"{GRPO} trainer.temperature=0", CONFIG, "trainer.temperature: is 0", "above 0"),
+    "greedy-rollouts": wrong(f"{GRPO} trainer.temperature=0", CONFIG, "trainer.temperature: is 0", "or above"),
+    "cold-rollouts": wrong(f"{GRPO} trainer.temperature=1e-40", CONFIG, "trainer.temperature: is 1e-40", "or above"),
+    "cold-answers": wrong(f"{SFT} sampling.temperature=1e-40", CONFIG, "sampling.temperature: is 1e-40", "give 0 for"),
+    "min-p": wrong(f"{GRPO} trainer.args.min_p=2", CONFIG, "trainer.args.min_p: is 2", "from 0 to 1"),
     "packed-rollouts": wrong(f"{GRPO} trainer.packing=true", CONFIG, "trainer.packing", "leave trainer.packing out"),
     "no-reward": wrong(f"{GRPO} data.path=prompts.jsonl", CONFIG, "reward: grpo needs a reward", "one of format, "),
     "reward-option": wrong(f"{GRPO} +reward=[lenght]", CONFIG, "'lenght'", "did you mean +reward=length?"),
@@ -408,6 +411,7 @@ CASES = {
     "model-config": wrong(
         f"{BIG} model.path=folder", MISSING, "model.path: folder holds no config.json", "checkpoint folder"
     ),
+    "hub-id": wrong(f"{BIG} model.id=/some/folder", CONFIG, "'/some/folder' is no hub id", "set model.path"),
     "hub-model": wrong(
         f"{BIG} model.id=acme/no-such", MISSING, "acme/no-such is not on this machine", "model.tiny=true"
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -90,6 +92,55 @@ def test_prompts_without_tokens_and_none_at_all(made: Both) -> None:
     assert made.fast.generate([], GREEDY).ids == []
     with pytest.raises(ValueError, match="prompt 1 has no tokens: give one at least"):
         made.fast.generate([[5], [], [6]], GREEDY)
+
+
+def test_a_completion_of_no_tokens(made: Both) -> None:
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        made.fast.generate([[5]], Sampling(max_new_tokens=0))
+
+
+@pytest.mark.parametrize("plain", ["q_proj", "k_proj"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_some_of_the_weights_of_a_product_are_quantized(family: str, plain: str) -> None:
+    """As in checkpoints that leave some modules out: no product of them together."""
+    made = both("+quantizer=bnb_nf4", "adapter.targets=[o_proj]", family=family)
+    for module in made.model.modules():
+        if (base := getattr(module, plain, None)) is not None:
+            weight = torch.randn(base.out_features, base.in_features, device=base.weight.device) / 8
+            whole = torch.nn.Linear(base.in_features, base.out_features, bias=False, device=base.weight.device)
+            whole.weight = torch.nn.Parameter(weight, requires_grad=False)
+            setattr(module, plain, whole)
+    prompts = prompts_of(9, 4, 17)
+    assert made.fast.generate(prompts, GREEDY).ids == made.plain.generate(prompts, GREEDY).ids
+    made.model.train()
+    ids = torch.tensor([prompts[2]], device=made.model.device)
+    made.model(input_ids=ids, labels=ids).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in made.model.parameters())
+
+
+def test_calls_from_several_threads_wait_for_each_other(llama: Both) -> None:
+    prompts = [prompts_of(length) for length in (5, 30, 11, 64)]
+    expected = [llama.fast.generate(prompt, GREEDY).ids for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert [one.ids for one in pool.map(partial(llama.fast.generate, sampling=GREEDY), prompts)] == expected
+
+
+def test_whoever_is_shown_tokens_may_ask_for_others(llama: Both) -> None:
+    prompt, found = prompts_of(9)[0], []
+    expected = llama.fast.generate([prompt], GREEDY).ids[0]
+    said = llama.fast.stream(prompt, GREEDY, lambda new: found.append(llama.fast.generate([prompt], GREEDY).ids[0]))
+    assert found
+    assert all(one == expected for one in (said, *found))
+
+
+def test_parts_that_are_not_in_training_stay_so(llama: Both) -> None:
+    llama.model.train()
+    part = next(module for module in llama.model.modules() if isinstance(module, torch.nn.Embedding)).eval()
+    modes = [module.training for module in llama.model.modules()]
+    llama.fast.generate(prompts_of(4), GREEDY)
+    assert [module.training for module in llama.model.modules()] == modes
+    part.train()
 
 
 def test_prompts_that_are_longer_than_a_pass(made: Both, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,3 +190,15 @@ class _Normed(torch.autograd.Function):
 def test_twin_passes_gradcheck(convention):
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5), (3, 5), (5,))]
     assert torch.autograd.gradcheck(lambda *t: _Normed.apply(*t, convention), tensors)
+
+
+@pytest.mark.parametrize("module", [steps, reference])
+def test_rows_with_gaps_between_them_are_refused(module, device) -> None:
+    """A product beside a border has such rows; the kernels would read the border."""
+    wide, norm = torch.randn(5, 96, device=device), Norm(torch.ones(64, device=device), 1e-6)
+    gaps, whole = wide[:, :64], wide[:, :64].contiguous()
+    with pytest.raises(ValueError, match="contiguous"):
+        module.norm(gaps, norm)
+    for residual, x in ((gaps, whole), (whole, gaps)):
+        with pytest.raises(ValueError, match="contiguous"):
+            module.add_norm(residual, x, norm)

@@ -89,7 +89,8 @@ class Half:
         attended, _ = attention.forward(*torch.split(whole, [heads.q, heads.kv, heads.kv], dim=1))
         y, xa = self.out.product(attended.reshape(x.shape[0], -1), dense)
         update = self.out.update(xa)
-        middle = self.ops.lora_add(x, y, *((None, None) if update is None else update[:2]))
+        room = None if y.is_contiguous() else torch.empty_like(x)  # the norm reads rows one behind the other
+        middle = self.ops.lora_add(x, y, *((None, None) if update is None else update[:2]), room)
         normed, _ = self.ops.norm(middle, self.middle_norm)
         out: torch.Tensor = middle.view(hidden.shape) + module(normed.view(hidden.shape))
         return out

@@ -44,6 +44,8 @@ class Run:
         self._engine, self._layers, self._device = engine, computed, engine.device
         if empty := [request.index for request in requests if not request.prompt]:
             raise ValueError(f"prompt {empty[0]} has no tokens: give one at least, such as the one that begins a text")
+        if (least := min(request.limit for request in requests)) < 1:
+            raise ValueError(f"max_new_tokens is {least}: a completion has a token at least")
         longest = max(len(request.prompt) for request in requests) + max(request.limit for request in requests)
         reach = computed.longest
         if reach is not None and longest > reach:

@@ -14,7 +14,7 @@ import triton
 from ftcore_kernels.ops import _launch
 from ftcore_kernels.ops.add_rms_norm import _add_rms_norm_back_kernel, _add_rms_norm_kernel
 from ftcore_kernels.ops.rms_norm import _PROGRAMS_PER_PROCESSOR, _rms_norm_kernel, _tile
-from ftcore_kernels.reference.norm_steps import Norm
+from ftcore_kernels.reference.norm_steps import Norm, check
 
 
 def norm(x: torch.Tensor, with_: Norm) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,6 +24,7 @@ def norm(x: torch.Tensor, with_: Norm) -> tuple[torch.Tensor, torch.Tensor]:
     :returns: `[M, H]` in `x.dtype`, and the reciprocal root mean squares `[M]` fp32.
     """
     _launch.check(x=x, weight=with_.weight)
+    check(x)
     (rows, width), out = x.shape, torch.empty_like(x)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     tile_rows, block = _tile(width)
@@ -42,6 +43,7 @@ def add_norm(residual: torch.Tensor, x: torch.Tensor, with_: Norm) -> tuple[torc
     :returns: The sum, in the memory of `x`; the sum normalised, `[M, H]`; the reciprocal root mean squares `[M]` fp32.
     """
     _launch.check(x=x, residual=residual, weight=with_.weight)
+    check(residual, x)
     (rows, width), out = x.shape, torch.empty_like(x)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     tile_rows, block = _tile(width)

@@ -21,19 +21,21 @@ class Norm(NamedTuple):
 def norm(x: torch.Tensor, with_: Norm) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise rows.
 
-    :param x: `[M, H]`.
+    :param x: `[M, H]` contiguous.
     :returns: `[M, H]` in `x.dtype`, and the reciprocal root mean squares `[M]`.
     """
+    check(x)
     wide = widen(x)
     rstd = torch.rsqrt(wide.pow(2).mean(-1) + with_.eps)
     return _scaled(wide * rstd[:, None], with_, x.dtype), rstd
 
 
 def add_norm(residual: torch.Tensor, x: torch.Tensor, with_: Norm) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Add `x` to `residual`, both `[M, H]`, and normalise.
+    """Add `x` to `residual`, both `[M, H]` contiguous, and normalise.
 
     :returns: The sum, in the memory of `x`; the sum normalised, `[M, H]`; the reciprocal root mean squares `[M]`.
     """
+    check(residual, x)
     x.copy_(widen(residual) + widen(x))
     return x, *norm(x, with_)
 
@@ -69,6 +71,12 @@ def norm_backward(
     if normed:
         dout.copy_(_scaled(n, with_, x.dtype))
     return (dx.to(x.dtype) if into is None else into.copy_(dx)), dweight
+
+
+def check(*several: torch.Tensor) -> None:
+    """Refuse rows with gaps between them: the kernels walk over them as one block, and would read something else."""
+    if not all(rows.is_contiguous() for rows in several):
+        raise ValueError("rows must be contiguous, one behind the other")
 
 
 def _scaled(n: torch.Tensor, with_: Norm, dtype: torch.dtype) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from ftcore_kernels.layers.decoder.gradients import Gradients
 from ftcore_kernels.layers.decoder.sources import Source, is_fp8, is_nf4
 from ftcore_kernels.layers.decoder.stack import Stack, border_of
+from ftcore_kernels.layers.uncovered import Uncovered
 from ftcore_kernels.reference.lora_rope import Update
 
 if TYPE_CHECKING:
@@ -27,10 +28,13 @@ class Fused:
     """Sources that share an input, for one forward and backward pass.
 
     M rows, K inputs, N outputs of all P sources, R the padded rank. Rows of a product may be columns of a wider buffer,
-    beside which its border stands: `x A^T` in the forward, the gradient of that in the backward.
+    beside which its border stands: `x A^T` in the forward, the gradient of that in the backward. Raises Uncovered for
+    sources of which some are quantized.
     """
 
     def __init__(self, sources: Sequence[Source], stack: Stack | None = None) -> None:
+        if len({(is_nf4(source.base), is_fp8(source.base), source.base.weight.dtype) for source in sources}) > 1:
+            raise Uncovered("weights that share an input are of different kinds")
         self.sources = sources
         self.widths = [int(source.base.out_features) for source in sources]  # type: ignore[arg-type]
         self.inputs = int(sources[0].base.in_features)  # type: ignore[arg-type]
