@@ -48,3 +48,14 @@ class Device:
         if self.kind == "cpu":
             return "float32"
         return "bfloat16" if self.capability >= (8, 0) else "float16"
+
+
+def give_memory_back() -> None:
+    """Have memory that nobody uses any more be the GPU's again."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ftcore.device import give_memory_back
 from ftcore.errors import Exit, FtcoreError
 from ftcore.guards.events import record, recorded, run_folder
 from ftcore.guards.non_finite import SkipsNonFinite
@@ -125,9 +126,7 @@ class FitsMemory(SkipsNonFinite):
         if retry >= RETRIES:
             raise self._none(f"out of memory with {rows} rows at a time, the {retry + 1}th time: {error}", of_host)
         self._drop_gradients()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_memory_back()
         set_random_state(self._random)
         self._rows_at_once = (rows + 1) // 2
         step = self.state.global_step + 1
@@ -212,9 +211,7 @@ class FitsMemory(SkipsNonFinite):
                 raise self._none(f"out of memory while evaluating, {rows} rows at a time: {error}", of_host)
             self.args.per_device_eval_batch_size = (rows + 1) // 2
             self.forget_evaluation()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            give_memory_back()
             set_random_state(random)
             note(f"out of memory while evaluating, {rows} rows at a time; once more with {(rows + 1) // 2}")
         raise AssertionError("unreachable")

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from threading import RLock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ftcore import Completions, GeneratorConfig, Plan, Problem, Sampling, hookimpl
-from ftcore_generators.transformers import TransformersGenerator
+from ftcore_generators.transformers import TransformersGenerator, fewer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -71,6 +72,8 @@ class FastGenerator:
         self._engine: Engine | None = None
         self._kept: Kept | None = None
         self._covered = True
+        self._most = config.batch
+        """Completions at a time that the memory was there for."""
         self._said: set[str] = set()
         self._one = RLock()
         """One call at a time: the engine computes in the model's own modules. Who is shown tokens may call again."""
@@ -91,9 +94,9 @@ class FastGenerator:
         :param media: For each prompt what the model takes besides its tokens, such as `pixel_values`, as the family's
             processor made it of this prompt alone.
         """
-        self._kept = None
+        self._kept, requests = None, cache(partial(_requests, prompt_ids, sampling, media))
         return self._written(
-            lambda engine, ends: engine.run(_requests(prompt_ids, sampling, media), sampling, ends),
+            lambda engine, ends: engine.run(requests(), sampling, ends),
             lambda: self._other.generate(prompt_ids, sampling, media),
         )
 
@@ -144,18 +147,34 @@ class FastGenerator:
 
     def _written(self, by_engine: Callable[[Engine, list[int]], T], otherwise: Callable[[], T]) -> T:
         from ftcore.answers import end_ids, evaluating
+        from ftcore.guards.memory import is_out_of_memory
         from ftcore_kernels.layers.uncovered import Uncovered
 
         with self._one, evaluating(self._model):
-            if (engine := self._ready()) is not None:
+            while (engine := self._ready()) is not None:
                 try:
                     return by_engine(engine, end_ids(self._model, self._tokenizer))
                 except Uncovered as reason:  # of these prompts; the next may be others
                     self._say(f"transformers writes the completions, because {reason}")
+                    break
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    said = str(error).splitlines()[0]
                 finally:
                     engine.close()
+                # Past the `except`, whose traceback held the cache. Each request has a seed of its own: the same again.
+                self._with_fewer(engine.rows, said)
             self._kept = None
             return otherwise()
+
+    def _with_fewer(self, rows: int, error: str) -> None:
+        """The next engine writes half as many completions at a time, and reads half as many tokens of prompts."""
+        self._most, self._engine, self._kept = fewer(rows, error), None, None
+        self._say(
+            f"out of memory with {rows} completions at a time; going on with {self._most} "
+            f"(generator.batch={self._most} spares the attempt)"
+        )
 
     def _ready(self) -> Engine | None:
         """The engine with the weights of now, or None where transformers has to do it."""
@@ -166,7 +185,8 @@ class FastGenerator:
             return None
         if self._engine is None:
             memory = self._memory if self._base.device.type == "cuda" else None
-            limits = Limits(self._config.batch, self._config.prompt_tokens, memory)
+            tokens = max(1, self._config.prompt_tokens * self._most // self._config.batch)
+            limits = Limits(self._most, tokens, memory)
             self._engine = Engine(self._base, self._plan.family.roles, limits)
         try:
             self._engine.open()

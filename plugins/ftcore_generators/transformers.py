@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ftcore import Completions, GeneratorConfig, Sampling, hookimpl
+from ftcore.device import give_memory_back
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,15 +51,29 @@ class TransformersGenerator:
             completed one by one then.
         """
         from ftcore.answers import end_ids, evaluating
+        from ftcore.guards.memory import is_out_of_memory
 
         ends = set(end_ids(self._model, self._tokenizer))
         ids: list[list[int]] = []
         with evaluating(self._model):
-            at_once = self._batch if media is None else 1
-            for start in range(0, len(prompt_ids), at_once):
+            while len(ids) < len(prompt_ids):
+                start, at_once = len(ids), self._batch if media is None else 1
                 shown = {} if media is None else media[start] or {}
-                rows = self._complete(prompt_ids[start : start + at_once], sampling, sorted(ends), shown)
-                ids += [_until_end(row, ends) for row in rows]
+                prompts = prompt_ids[start : start + at_once]
+                try:
+                    rows = self._complete(prompts, sampling, sorted(ends), shown)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    said = str(error).splitlines()[0]
+                else:
+                    ids += [_until_end(row, ends) for row in rows]
+                    continue
+                # Past the `except`, whose traceback held the cache.
+                self._batch = fewer(len(prompts), said)
+                print(
+                    f"generator: out of memory with {len(prompts)} completions at a time; going on with {self._batch}"
+                )
         return Completions(ids=ids)
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling, show: Callable[[list[int]], None]) -> list[int]:
@@ -101,6 +116,19 @@ class TransformersGenerator:
             out = self._model.generate(input_ids=tokens, attention_mask=mask, generation_config=settings, **more)
         rows: list[list[int]] = out[:, width:].tolist()
         return rows
+
+
+def fewer(rows: int, error: str) -> int:
+    """How many completions to write at a time where so many did not fit. Raises NoMemory where one did not."""
+    from ftcore.guards.memory import NoMemory
+
+    give_memory_back()
+    if rows < 2:
+        raise NoMemory(
+            f"out of memory while one completion was written: {error}\n"
+            "    fix: give shorter prompts or completions, add +quantizer=bnb_nf4, or free some of the GPU"
+        )
+    return rows // 2
 
 
 class _Shown:

@@ -46,6 +46,8 @@ class Engine:
         self._dtype = base.get_input_embeddings().weight.dtype
         self.no_steps: str | None = None
         """Why the model's own layers compute, where they do."""
+        self.rows = 0
+        """Completions that the last call wrote, or tried to write, at a time."""
         self.may_record = recordable(base.config, self._device)
         """Whether a step may be a CUDA graph, until it turns out that it may not."""
         self._routed = "output_router_logits" in inspect.signature(type(base).forward).parameters
@@ -126,6 +128,7 @@ class Engine:
             rows = min(self._limits.rows, 4)  # 2 or 3 rows take MKL longer than 4 do, by up to 1.9 times
         if self._limits.memory is not None:
             rows = max(1, min(rows, self._limits.memory() // row_bytes(shapes, length, self._dtype, tails)))
+        self.rows = rows
         return Cache(shapes, rows, length, self._dtype, self._device, tails)
 
     def logits(self, ids: torch.Tensor, positions: torch.Tensor | None, **options: Any) -> torch.Tensor:
