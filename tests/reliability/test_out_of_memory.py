@@ -128,8 +128,9 @@ def test_every_trainer_that_can_cut_its_batch(in_tmp: Path, name: str, within_ba
 
 @pytest.mark.slow
 def test_three_times_too_large(in_tmp: Path) -> None:
-    # On a GPU, whose sums have another order for every number of rows, AdamW moves one weight by 1.6e-6.
-    same(["+trainer=sft", *SHORT, *(SGD if torch.cuda.is_available() else [])], rows=1)
+    # Sums have another order for every number of rows, and AdamW makes whole steps of gradients near zero: it moved one
+    # weight by 1.6e-6 on an H200, and by 2.2e-6 on a CPU.
+    same(["+trainer=sft", *SHORT, *SGD], rows=1)
     assert events() == [(8, 4), (4, 2), (2, 1)]
 
 
