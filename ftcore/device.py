@@ -32,10 +32,13 @@ class Device:
 
     @cached_property
     def memory(self) -> int:
-        """Free GPU memory in bytes; 0 on a CPU."""
+        """Free GPU memory in bytes, with what PyTorch keeps of an earlier run in this process; 0 on a CPU."""
         import torch
 
-        return int(torch.cuda.mem_get_info()[0]) if self.kind == "cuda" else 0
+        if self.kind != "cuda":
+            return 0
+        kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(torch.cuda.mem_get_info()[0] + kept)
 
     @property
     def runs_triton(self) -> bool:

@@ -6,11 +6,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from ftcore import pipeline, too_large
 from ftcore.api import validated
 from ftcore.cli import run as command
 from ftcore.config import Memory
+from ftcore.device import Device
 from ftcore.forecast import Forecast
 from ftcore.meta_model import on_meta
 
@@ -68,6 +70,18 @@ def test_a_setting_that_fits_is_named() -> None:
     assert problem is not None
     assert problem.fix.startswith("set +quantizer=bnb_nf4")
     assert too_large.found(forecast("trainer.max_length=1024", "+quantizer=bnb_nf4"), 10 * GIB) is None
+
+
+def test_what_an_earlier_run_left_in_the_cache_is_free(monkeypatch) -> None:
+    """Or a second run in a notebook would be refused."""
+    for name, found in (("mem_get_info", (3, 24)), ("memory_reserved", 20), ("memory_allocated", 5)):
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    device = Device()
+    device.kind = "cuda"
+    assert device.memory == 3 + 20 - 5
+    device = Device()
+    device.kind = "cpu"
+    assert device.memory == 0
 
 
 def test_a_run_ends_before_its_weights_are_read(in_tmp, monkeypatch, capsys) -> None:
