@@ -12,7 +12,7 @@ that begins at what `ftcore.forecast` says. `whole`: one step of that length on 
 
 A short step comes first, so that the optimizer has its moments. `--layers` runs that many layers; what the weights,
 adapters, gradients and moments of the others take is allocated beside them. Rows whose step is forecast to take longer
-than `--limit` seconds are left out, and said. Results also go to `$OUT/long-context-MODE.json`.
+than `--limit` seconds are left out, and said. Results also go to `$OUT/long-context-MODE.json`, those of `--profile` to `$OUT/profile-MODE.txt`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 from contextbench import search, sides, table
 from contextbench.works import TINY, UNSLOTH, ContextWork, wanted
-from stepbench import processes
+from stepbench import processes, profiling
 from stepbench.options import MEMORIES
 from stepbench.table import machine
 
@@ -123,10 +123,14 @@ class Bench:
             self.keep()
             return None
         print(f"{side}, {tokens:,} tokens: {row['seconds']:.1f} s a step are forecast", flush=True)
-        work = replace(self.work, length=tokens, gib=gib, short=min(self.work.short, tokens))
+        profile = self.found.profile and side == "ftcore"
+        work = replace(self.work, length=tokens, gib=gib, short=min(self.work.short, tokens), profile=profile)
         waiting = self.ahead.get(side)
         process = waiting.popleft() if waiting else self.process(side)
         result = row["result"] = process.run(json.dumps({"work": asdict(work)}), self.found.limit + LOADING)
+        if kernels := result.pop("profile", ""):
+            print(profiling.digest(kernels).lstrip(), flush=True)
+            self.keep_profile(kernels)
         row["outcome"] = self.outcome(row)
         detail = f", {result['detail']}" if "detail" in result else ""
         print(f"{side}, {tokens:,} tokens: {row['outcome']}{detail}", flush=True)
@@ -218,6 +222,12 @@ class Bench:
         file = Path(out) / f"long-context-{self.found.mode}.json"
         file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
+    def keep_profile(self, kernels: str) -> None:
+        """Write the kernels of the latest row into `$OUT`."""
+        if out := os.environ.get("OUT"):
+            Path(out).mkdir(parents=True, exist_ok=True)
+            (Path(out) / f"profile-{self.found.mode}.txt").write_text(kernels + "\n", encoding="utf-8")
+
 
 def arguments(words: list[str]) -> argparse.Namespace:
     """The mode's options, then `--tiny`'s, and what was written on the command line over both."""
@@ -241,6 +251,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--limit", type=float, default=240, help="seconds for the steps of each row")
+    parser.add_argument("--profile", action="store_true", help="one more step of ftcore under torch.profiler")
     parser.add_argument("--ahead", action="store_true", help="let all sides import their packages at once, in advance")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the family's tiny model and short rows")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stepbench.loop import GIB, Meter, autocast, make_optimizer
+from stepbench.profiling import profiled
 from stepbench.works import token_ids
 
 from contextbench.works import ContextWork
@@ -21,20 +22,29 @@ def stepped(work: ContextWork, model: Any, optimizer: Any = None) -> dict[str, A
     optimizer = optimizer or make_optimizer(work, model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     meter, losses, norms = Meter(work), [], []
-    for number, ids in enumerate(token_ids(work)[: work.total]):
-        warm = number < work.warmup and work.short
-        batch = (ids[:, : work.short] if warm else ids).to(work.device)
-        meter.start()
+
+    def step(batch: Any) -> Any:
         with autocast(work):
             loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         optimizer.step()
         optimizer.zero_grad()
+        return loss.detach()
+
+    for number, ids in enumerate(token_ids(work)[: work.total]):
+        warm = number < work.warmup and work.short
+        batch = (ids[:, : work.short] if warm else ids).to(work.device)
+        meter.start()
+        loss = step(batch)
         meter.stop()
-        losses.append(loss.detach())
+        losses.append(loss)
+    found = meter.result(float(losses[0]))
+    if work.profile:
+        found["profile"] = profiled(work, lambda: step(batch), found["step_ms"])
+        norms.pop()
     return {
-        **meter.result(float(losses[0])),
+        **found,
         "losses": [float(loss) for loss in losses],
         "gradients": [float(norm) for norm in norms],
         "trained": sum(parameter.numel() for parameter in trained),
