@@ -119,18 +119,22 @@ class Forecast(Held):
 
     def _beside(self, memory: Memory, rows: int, length: int, tiled: bool, recorded: bool) -> int:
         """Bytes of everything but what the layers keep, for so many sequences."""
+        work, head = self._for_a_while(memory, rows, length, tiled)
+        gone = sum(self.leaving) if memory is Memory.offload else 0
+        recorded = recorded and any(layer.recorded > rows * length for layer in self.layers)
+        # Recorded launches have memory of their own, which the head does not share.
+        return self.fixed - gone + WORKSPACES + (work + head if recorded else max(work, head))
+
+    def _for_a_while(self, memory: Memory, rows: int, length: int, tiled: bool) -> tuple[int, int]:
+        """Bytes that a layer's backward takes, and those that the head does, for so many sequences."""
         work = max(layer.workspace(rows, length, tiled) for layer in self.layers) + self.dequantized
         head = head_bytes(self.model, rows, length)
         if self.passes.logprobs:
             # The final norm's output is kept for the logits that the backward computes again.
             head += 2 * rows * length * int(self.text.hidden_size)
-        gone = 0
         if memory is Memory.offload:
-            gone, fetched = sum(self.leaving), self.leaving[1]
-            head += fetched
-        recorded = recorded and any(layer.recorded > rows * length for layer in self.layers)
-        # Recorded launches have memory of their own, which the head does not share.
-        return self.fixed - gone + WORKSPACES + (work + head if recorded else max(work, head))
+            head += self.leaving[1]
+        return work, head
 
     def kept(self, layout: Layout, rows: int, length: int) -> int:
         """Bytes of the GPU that the layers keep, for so many sequences."""
@@ -148,10 +152,22 @@ class Forecast(Held):
     def peak(self, memory: Memory, rows: int, length: int, limit: int = ENDLESS) -> int:
         """Bytes of the GPU at the most, for a micro-batch of that many rows of so many tokens."""
         layout, sequences = self.layout(memory, rows, length, limit), rows * self.passes.sequences
-        training = self.kept(layout, sequences, length) + self._beside(
-            memory, sequences, length, layout.tiled, layout.recorded
-        )
-        return max(training, self.writing(memory, 1, length))
+        return max(self._training(memory, layout, rows, sequences, length), self.writing(memory, 1, length))
+
+    def _training(self, memory: Memory, layout: Layout, rows: int, sequences: int, length: int) -> int:
+        """While a micro-batch is learnt from."""
+        kept = self.kept(layout, sequences, length)
+        beside = self._beside(memory, sequences, length, layout.tiled, layout.recorded)
+        assert self.plan.run.trainer is not None
+        if layout.recorded or layout.store is not None or self.plan.run.trainer.global_batch > rows:
+            return kept + beside  # graphs hold what is kept, or the gradients of a micro-batch before are there
+        # As the backward goes down, layers let go of what they kept, and gradients come.
+        work, head = self._for_a_while(memory, sequences, length, layout.tiled)
+        without = beside - max(work, head) - self.gradients
+        above = self.head_gradient
+        begun = kept + max(head + 2 * above, above + work + (self.gradients - above) // len(self.layers))
+        ended = kept // len(self.layers) + self.gradients + max(work, above)
+        return without + max(begun, ended)
 
     def host(self, memory: Memory, rows: int, length: int, limit: int = ENDLESS) -> int:
         """Bytes of host memory for inputs of layers, and for the weights that `offload` leaves there."""
@@ -182,7 +198,13 @@ class Forecast(Held):
             return 0
         gone = self.leaving[0] if memory is Memory.offload else 0
         there = self.fixed - self.gradients - gone + WORKSPACES
-        return there + rows * length * self.row_bytes + 6 * rows * int(self.text.vocab_size)
+        logits = 6 * rows * int(self.text.vocab_size)
+        return there + rows * length * self.row_bytes + logits + self._reading(rows * length)
+
+    def _reading(self, tokens: int) -> int:
+        """Bytes of a pass over prompts of so many tokens, or as many of them as the generator reads at once."""
+        tokens = min(tokens, getattr(self.plan.run.generator, "prompt_tokens", tokens))
+        return max(layer.workspace(1, tokens) + 3 * layer.input_bytes(1, tokens) for layer in self.layers)
 
     # -------------------------------------------------------------------------------------------------------- answers
 

@@ -124,6 +124,12 @@ class Held:
         """Of the head, tied to the embedding or not."""
         return self.width * int(self.text.vocab_size) * int(self.text.hidden_size)
 
+    @cached_property
+    def head_gradient(self) -> int:
+        """Of the gradient of the head, where it is trained; while it is summed in 32 bits it takes twice as much."""
+        weight = getattr(self.model.get_output_embeddings(), "weight", None)
+        return 0 if weight is None or not weight.requires_grad else self.trained_width * weight.numel()
+
     @property
     def text(self) -> Any:
         """The config of the decoder."""

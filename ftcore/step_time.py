@@ -87,7 +87,7 @@ class Pace:
         head = self._head(sequences * length)
         forward = [self._forward(layer, sequences, length) for layer in self._layers]
         # The logits, the gradient of the hidden states, that of a trained head, and the logits once more.
-        products = 2 + self._head_trained + passes.logprobs
+        products = 2 + (self.forecast.head_gradient > 0) + passes.logprobs
         seconds = sum(forward) + self._backward(layout, sequences, length, forward) + products * head
         seconds += passes.unlearnt / passes.times / passes.sequences * (sum(forward) + head)
         if memory is Memory.offload:
@@ -176,12 +176,6 @@ class Pace:
         """One product with the head."""
         text = self.forecast.model.config.get_text_config()
         return 2.0 * tokens * int(text.vocab_size) * int(text.hidden_size) / (self.card.flops * HEAD)
-
-    @property
-    def _head_trained(self) -> bool:
-        head = self.forecast.model.get_output_embeddings()
-        weight = getattr(head, "weight", None)
-        return weight is not None and bool(weight.requires_grad)
 
     @property
     def _fetched(self) -> float:

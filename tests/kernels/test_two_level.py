@@ -209,7 +209,7 @@ def test_under_autocast(again) -> None:
 
 @pytest.fixture
 def attends(monkeypatch) -> list[None]:
-    """Grows with every forward through attention that is called as such."""
+    """Grows with every forward through attention: in 32 bits no library's kernel computes it, on a GPU neither."""
     calls: list[None] = []
     own = Differentiated.forward
 
@@ -229,7 +229,7 @@ def test_attention_is_not_computed_again_where_its_output_waits(family, lora, da
     _, ours = models(family, lora)
     store, calls = spread(ours, 7, 5, 4), len(attends)
     assert_equal(manual(ours, BATCHES[data]()), expected)
-    assert len(attends) - calls == (2 * LAYERS - 4 if DEVICE.type == "cpu" else 0)
+    assert len(attends) - calls == 2 * LAYERS - 4
     tokens, text = 4 * BATCHES[data]()["input_ids"].numel(), ours.config
     width = text.num_attention_heads * text.head_dim
     assert host.booked == pytest.approx(
@@ -247,8 +247,7 @@ def test_attention_of_groups_of_heads_is_not_computed_again(family, monkeypatch,
     expected, calls = manual(ours, batch()), len(attends)
     spread(ours, 7, 5, 6)
     assert_equal(manual(ours, batch()), expected)
-    if DEVICE.type == "cpu":
-        assert (calls, len(attends) - calls) == (2 * 2 * LAYERS, 2 * (2 * LAYERS - 6))
+    assert (calls, len(attends) - calls) == (2 * 2 * LAYERS, 2 * (2 * LAYERS - 6))
 
 
 def test_it_waits_by_the_plan(host, monkeypatch, attends) -> None:
@@ -263,7 +262,7 @@ def test_it_waits_by_the_plan(host, monkeypatch, attends) -> None:
     Lean(chosen, lambda *_: 2**40, lambda: room, last=lambda rows, length: 4).attach()
     assert_equal(manual(ours, batch(3, 11)), expected)
     assert [one.attended for one in chosen] == [True] * 3 + [False] * 4
-    assert len(attends) - calls == (2 * LAYERS - 3 - 1 if DEVICE.type == "cpu" else 0)
+    assert len(attends) - calls == 2 * LAYERS - 3 - 1
     assert host.booked == pytest.approx(2 * (room - 1), rel=0.01)
 
 

@@ -37,6 +37,10 @@ class Pinned:
         self._cudart: Any = None
         self._device = device
         if device.type == "cuda" and size:
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with suppress(OSError):  # a kernel without them
+                    self._pages.madvise(mmap.MADV_HUGEPAGE)
+            self.bytes.zero_()  # all threads get the pages from the system, where locking them would be one alone
             cudart: Any = torch.cuda.cudart()
             error = int(cudart.cudaHostRegister(self.bytes.data_ptr(), size, 0))
             if error == 0:
