@@ -198,13 +198,16 @@ class Forecast(Held):
             return 0
         gone = self.leaving[0] if memory is Memory.offload else 0
         there = self.fixed - self.gradients - gone + WORKSPACES
-        logits = 6 * rows * int(self.text.vocab_size)
+        logits = 16 * rows * int(self.text.vocab_size)  # in 32 bits, as probabilities, and what draws take
         return there + rows * length * self.row_bytes + logits + self._reading(rows * length)
 
     def _reading(self, tokens: int) -> int:
-        """Bytes of a pass over prompts of so many tokens, or as many of them as the generator reads at once."""
+        """Bytes of a pass over prompts of so many tokens, or as many of them as the generator reads at once.
+
+        All that a layer could keep, and half as much again: the activation, sums, queries and keys before their norm.
+        """
         tokens = min(tokens, getattr(self.plan.run.generator, "prompt_tokens", tokens))
-        return max(layer.workspace(1, tokens) + 3 * layer.input_bytes(1, tokens) for layer in self.layers)
+        return max(3 * layer.levels(1, tokens)[-1].kept // 2 for layer in self.layers)
 
     # -------------------------------------------------------------------------------------------------------- answers
 

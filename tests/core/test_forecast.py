@@ -177,8 +177,8 @@ def test_what_a_trainer_says_of_a_row_counts() -> None:
     assert of(written=64).row_bytes == 28 * 8 * 128 * 2 * 2
     assert of().writing(Memory.off, 8, 2048) == 0
     four, eight = (of(written=64).writing(Memory.off, rows, 2048) for rows in (4, 8))
-    assert eight - four == 4 * (2048 * of(written=64).row_bytes + 6 * 151_936)
-    there = found.fixed - found.gradients + WORKSPACES + 4 * (2048 * of(written=64).row_bytes + 6 * 151_936)
+    assert eight - four == 4 * (2048 * of(written=64).row_bytes + 16 * 151_936)
+    there = found.fixed - found.gradients + WORKSPACES + 4 * (2048 * of(written=64).row_bytes + 16 * 151_936)
     assert 0.3 < (four - there) / GIB < 0.4, "a pass over 8,192 tokens of prompts"
 
 

@@ -137,7 +137,7 @@ def _install(module: Any, role: Role, package: str) -> None:
     structure.arrange(module)
     module.ftcore_structure = structure
     module.ftcore_recompute = Recompute(
-        structure.groups(module), module.self_attn.head_dim, "sandwich_norm" in role.traits
+        structure.groups(module), module.self_attn.head_dim, "sandwich_norm" in role.traits, "qk_norm" in role.traits
     )
     use(module.self_attn, structure.softcap(module.self_attn))
     bind(module, forward, structure=structure)

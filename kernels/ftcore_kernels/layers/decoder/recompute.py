@@ -35,7 +35,7 @@ SAVED = 2**30
 class Recompute:
     """Carried by every patched layer as `ftcore_recompute`; `memory` sets `choose`."""
 
-    def __init__(self, groups: Sequence[Sequence[Any]], head_dim: int, sandwich: bool) -> None:
+    def __init__(self, groups: Sequence[Sequence[Any]], head_dim: int, sandwich: bool, head_norm: bool = False) -> None:
         self.choose: Callable[[int, int], int] | None = None
         self.may_record = True
         self.away = self.attended = False
@@ -48,7 +48,7 @@ class Recompute:
         self._borders = border_for(groups[0]), border_for(groups[2])
         """Columns beside the query-key-value and the gate-and-up product."""
         self._heads = self._attended // head_dim
-        self._sandwich = sandwich
+        self._sandwich, self._head_norm = sandwich, head_norm
         # With a border, the `x A^T` of the two wide products are columns of what is counted elsewhere.
         shrunk = [groups[1], groups[3]]
         shrunk += [group for group, border in zip((groups[0], groups[2]), self._borders, strict=True) if not border]
@@ -181,14 +181,14 @@ class Recompute:
         return self._in_tiles(tokens, tile) if tile else self._whole(tokens)
 
     def _whole(self, tokens: int) -> int:
-        mlp = self._gate_up + self._gate_up // 2 + self._qkv + self._attended + 3 * self._hidden
+        mlp = self._gate_up + self._gate_up // 2 + self._turned + self._attended + 3 * self._hidden
         weights = (self._gate_up + self._qkv) * self._hidden if self._quantized else 0
         return 2 * (tokens * max(mlp, self._attention) + weights)
 
     def _in_tiles(self, tokens: int, tile: int) -> int:
         """The same with the MLP in tiles, whose weights are dequantized for all of them at once."""
         of_a_tile = self._gate_up + self._gate_up // 2 + 3 * self._hidden
-        beside = self._qkv + self._attended + (4 if self._sandwich else 3) * self._hidden
+        beside = self._turned + self._attended + (4 if self._sandwich else 3) * self._hidden
         weights = 3 * self._gate_up // 2 * self._hidden
         mlp = 2 * (tile * of_a_tile + tokens * beside)
         if any(base.weight.requires_grad for base in self._mlp):
@@ -212,9 +212,19 @@ class Recompute:
         return max(behind, 2 * (tokens * columns + held))
 
     @property
+    def _turned(self) -> int:
+        """Columns of queries, keys and values; for a norm of heads they are there as the product left them, too."""
+        return (2 if self._head_norm else 1) * self._qkv
+
+    @property
     def _attention(self) -> int:
-        """Columns of the backward through attention."""
-        return 3 * self._qkv + 2 * self._attended + 3 * self._hidden
+        """Columns of the backward through attention.
+
+        Besides tensors that the layer sees, kernels take the sums of the queries' gradient in 32 bits, and where heads
+        share keys and values, gradients of those for each query head.
+        """
+        kernel = 4 if self._kv_heads < self._heads else 2
+        return self._turned + self._qkv + (2 + kernel) * self._attended + (3 if self._sandwich else 2) * self._hidden
 
 
 def _rank(group: Sequence[Any]) -> int:
