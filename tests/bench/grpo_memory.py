@@ -5,10 +5,11 @@
     python tests/bench/grpo_memory.py --plot grpo-memory.json --to docs/reward-curves.svg
 
 The real weights learn reasoning-gym's syllogisms as in rl_curves.py, 200 steps of 64 completions, with `generator=fast`
-and with `generator=transformers`, all runs at the same time in a process each. After step 20 neither allocated nor
-reserved memory of the GPU may grow by more than 1 %, nor the number of times that the allocator had to give everything
-back; or the exit code is 1. The mean rewards of the last 40 steps are compared with how far windows of ten of those
-steps, and seeds, are apart. Goes to `$OUT/grpo-memory.json`, the curves to `$OUT/reward-curves.svg`.
+and with `generator=transformers`, all runs at the same time in a process each. After step 20, and after the last shape
+of batch whose launches were recorded, neither allocated nor reserved memory of the GPU may grow by more than 1 %, nor
+the number of times that the allocator had to give everything back; or the exit code is 1. The mean rewards of the last
+40 steps are compared with how far windows of ten of those steps, and seeds, are apart. Goes to `$OUT/grpo-memory.json`,
+the curves to `$OUT/reward-curves.svg`.
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ def one(run: Learning, folder: Path, found: argparse.Namespace) -> Result:
     name = f"{run.more[0]}, seed {run.seed}"
     print(f"{name}: {len(memory)} steps, {result['seconds']:.0f} s{', ' if failed else ''}{failed}", flush=True)
     word = f": {' and '.join(result['grown'])} GROWS" if result["grown"] else ""
-    print(f"  memory after step {found.after}: {growth.said(sizes)}{word}", flush=True)
+    first = max(found.after, growth.settled(memory))
+    print(f"  memory after step {first}: {growth.said(sizes)}{word}", flush=True)
     if by_step:
         means = " ".join(f"{mean:.3f}" for mean in alike.windows(list(by_step.values()), WINDOW))
         print(f"  mean reward of every {WINDOW} steps: {means}", flush=True)

@@ -12,7 +12,8 @@ that begins at what `ftcore.forecast` says. `whole`: one step of that length on 
 
 A short step comes first, so that the optimizer has its moments. `--layers` runs that many layers; what the weights,
 adapters, gradients and moments of the others take is allocated beside them. Rows whose step is forecast to take longer
-than `--limit` seconds are left out, and said. Results also go to `$OUT/long-context-MODE.json`, those of `--profile` to `$OUT/profile-MODE.txt`.
+than `--limit` seconds are left out, and said. Results also go to `$OUT/long-context-MODE.json`, those of `--profile` to
+`$OUT/profile-MODE.txt`.
 """
 
 from __future__ import annotations

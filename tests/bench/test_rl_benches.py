@@ -200,6 +200,11 @@ def test_memory_that_grows_after_the_first_steps_is_said() -> None:
     assert leak["allocated"] == (1030.5, 1190.5)
     assert growth.grown(leak) == ["allocated", "retries"]
     assert "allocated 0.0 to 0.0 MiB (+15.53 %)" in growth.said(leak)
+    recording = steps(200, allocated=lambda n: min(n // 12, 8), shapes=lambda n: min(n // 12, 8))
+    assert growth.settled(recording) == 96
+    assert growth.growth(recording) == {"allocated": (8, 8)}
+    assert growth.settled(flat_steps := steps(200, allocated=lambda n: n // 12)) == 0
+    assert growth.grown(growth.growth(flat_steps)) == ["allocated"]
     assert growth.growth(steps(21, allocated=lambda n: n)) == {}
     assert growth.growth(steps(24, allocated=lambda n: n)) == {"allocated": (21.5, 23.5)}
 

@@ -69,10 +69,11 @@ def _ftcore(work: ContextWork) -> Result:
 
     with tempfile.TemporaryDirectory() as scratch:
         hooks, plan = pipeline.prepare(validated([*overrides(work, scratch), *_limited(work), *_stretched(work)]))
+        planned = _planned(work, hooks, plan)  # by the host memory that is there before the run
         loaded = pipeline.load(hooks, plan)
         optimizer = hooks.maybe(h.ftcore_make_optimizer, plan=plan, model=loaded.model)
         found = _with_ballast(work, loaded.model, optimizer)
-    return {**found, **described(work, loaded), **_host(work, loaded.model), **_planned(work, hooks, plan)}
+    return {**found, **described(work, loaded), **_host(work, loaded.model), **planned}
 
 
 def _limited(work: ContextWork) -> list[str]:

@@ -182,6 +182,11 @@ class Graphs:
         self._seen: dict[Key, int] = {}
         self._flight: weakref.ref[Flight] | None = None
 
+    @property
+    def shapes(self) -> int:
+        """Shapes that are recorded."""
+        return len(self._records)
+
     def ready(self, key: Key) -> Record | None:
         """The record of a shape, unless a batch is still on its way or the parameters moved."""
         record = self._records.get(key)
