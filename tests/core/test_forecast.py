@@ -24,6 +24,8 @@ R16 = "adapter.r=16"
 LORA = ("+trainer=sft", R16)
 FULL = ("+trainer=sft", "adapter=full", "trainer.optimizer=adamw_8bit")
 NF4 = (*LORA, "+quantizer=bnb_nf4")
+NF4_R32 = ("+trainer=sft", "adapter.r=32", "+quantizer=bnb_nf4")
+HOST = "host_memory=123.5"
 
 
 class Row(NamedTuple):
@@ -55,6 +57,11 @@ MEASURED = {
     "qwen3-0.6b": Row("qwen3", LORA, Memory.off, 2, 1024, 3.60, 84_713),
     "qwen3-1.7b": Row("qwen3", LORA, Memory.off, 4, 2048, 15.3, 56_824),
     "gemma3-1b": Row("gemma3", LORA, Memory.off, 4, 2048, 12.3, 82_382),
+    "qwen3-0.6b, all weights": Row("qwen3", FULL, Memory.least, 4, 4096, 4.44, None),
+    "qwen3-0.6b, NF4 offloaded": Row("qwen3", (*NF4, HOST), Memory.offload, 1, 32_768, 2.48, None),
+    "gemma3-1b, all weights": Row("gemma3", FULL, Memory.least, 4, 4096, 7.01, None),
+    "llama3.1-8b, a long row": Row("llama", (*NF4_R32, HOST), Memory.offload, 1, 65_536, 9.80, 5302, "H200"),
+    "llama3.1-8b, the longest": Row("llama", (*NF4_R32, HOST), Memory.offload, 1, 400_000, 26.7, 986, "H200"),
     "mistral-1.1b-cut": Row("mistral", LORA, Memory.off, 4, 2048, 5.86, 131_793, "H200"),
 }
 
