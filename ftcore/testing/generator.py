@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ftcore.answers import end_ids
-from ftcore.specs import Batching, Generator, Loaded, Sampling
+from ftcore.specs import Batching, Conversing, Generator, Loaded, Sampling, Streaming
 from ftcore.testing import runs
 from ftcore.testing.plugin import PluginContract
 
@@ -70,6 +70,48 @@ class GeneratorContract(PluginContract):
         shortly = Sampling(max_new_tokens=2, temperature=0.0)
         apart, times = generator.generate(prompts, shortly).ids, generator.at_once // len(prompts) + 1
         assert generator.generate(prompts * times, shortly).ids == apart * times
+
+    def test_a_stream_is_the_completion_in_pieces(self) -> None:
+        """Of a generator that streams: every token is shown once, and what `show` raises leaves it usable."""
+        generator, _, prompts = self.made()
+        if not isinstance(generator, Streaming):
+            return
+        whole = generator.generate(prompts, GREEDY).ids
+        for prompt, ids in zip(prompts, whole, strict=True):
+            assert self._streamed(generator, prompt) == ids
+
+        def stop(new: list[int]) -> None:
+            raise InterruptedError
+
+        try:
+            generator.stream(prompts[0], GREEDY, stop)
+        except InterruptedError:
+            pass
+        else:
+            raise AssertionError("what `show` raises did not come through")
+        assert self._streamed(generator, prompts[0]) == whole[0]
+
+    def test_a_conversation_streams_the_same(self) -> None:
+        """Of a generator that keeps what it has read: turns go on, are taken back, and are other ones."""
+        generator, loaded, prompts = self.made()
+        if not isinstance(generator, Conversing):
+            return
+        talk, other, first = generator.conversation(), *prompts[:2]
+        said = self._streamed(talk, first)
+        turns = [[*first, *said, *other], [*first, *said], first, other, [*first, *said, *other]]
+        streamed = [said, *(self._streamed(talk, turn) for turn in turns)]
+        assert streamed == generator.generate([first, *turns], GREEDY).ids
+        runs.shake(loaded.model)
+        generator.weights_changed()
+        after = generator.generate([turns[0]], GREEDY).ids[0]
+        assert [self._streamed(generator.conversation(), turns[0]), self._streamed(talk, turns[0])] == [after, after]
+
+    @staticmethod
+    def _streamed(generator: Streaming, prompt: list[int]) -> list[int]:
+        """What was shown, which is what is returned."""
+        shown: list[int] = []
+        assert generator.stream(prompt, GREEDY, shown.extend) == shown
+        return shown
 
     def test_model_is_left_as_it_was(self) -> None:
         """Training mode, gradients and weights are not touched."""
