@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from ftcore import cli, hooks, pipeline
 from ftcore.catalog import Option, field_help, installed
-from ftcore.config import DEFAULTED, KINDS, MANY, PatchingConfig, PreviewConfig, RunConfig, SamplingConfig
+from ftcore.config import (
+    DEFAULTED,
+    KINDS,
+    MANY,
+    PatchingConfig,
+    PreviewConfig,
+    ResumeConfig,
+    RunConfig,
+    SamplingConfig,
+    ScoringConfig,
+)
 from ftcore.coverage import TRAITS, Row, coverage, family_of
 from ftcore.defaults import modules as core_modules
 from ftcore.defaults.plan import PlanMaker
@@ -30,7 +40,13 @@ if TYPE_CHECKING:
 
 REFERENCE = Path(__file__).parent / "reference"
 NOTICE = "<!-- Written by docs/generate.py. Do not edit. -->\n"
-SECTIONS = {"patching": PatchingConfig, "sampling": SamplingConfig, "preview": PreviewConfig}
+SECTIONS = {
+    "scoring": ScoringConfig,
+    "patching": PatchingConfig,
+    "sampling": SamplingConfig,
+    "preview": PreviewConfig,
+    "resume": ResumeConfig,
+}
 EXITS = {
     Exit.DONE: "done",
     Exit.CONFIG: "the configuration, or a plugin, is at fault",
@@ -74,7 +90,8 @@ def hooks_page() -> str:
     parts = [
         NOTICE,
         "# Hooks\n",
-        "Every stage of a run is a hook. This is the whole list, in the order in which a run calls them.\n",
+        "Every stage of a run is a hook. This is the whole list, by subject. A run reads and formats its data before "
+        "it loads the model; the order is in [the run that calls them](#the-run-that-calls-them).\n",
         intro + "\n",
         *_hooks(),
         "## The run that calls them\n",
@@ -169,7 +186,8 @@ def options_page() -> str:
     parts = [
         NOTICE,
         "# Options and keys\n",
-        "`ftcore plugins` shows the same on the command line, with what third parties have installed:",
+        "`ftcore plugins` shows the options and their keys on the command line, with what third parties have "
+        "installed; the keys of a run are only here:",
         "`ftcore plugins trainer/sft`.\n",
         "A kind is selected with `+kind=option`, or with `kind=option` where it has a default.",
         "Every other key is written `key=value`. A list goes in quotes: `'rewards=[my_rewards.py:score]'`.\n",

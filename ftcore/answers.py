@@ -111,7 +111,10 @@ class Answers:
 
     def _continued(self, messages: Sequence[dict[str, str]]) -> list[int]:
         ids: list[int] = self._tokenizer(messages[-1]["content"])["input_ids"]
-        return ids
+        if ids:
+            return ids
+        first = self._tokenizer.bos_token_id
+        return [self._tokenizer.eos_token_id if first is None else first]  # an empty text: what comes from nothing
 
     def _sampling(self) -> Sampling:
         """As the config says; `top_k`, `min_p` and the repetition penalty as the checkpoint's generation config.

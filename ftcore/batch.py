@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from ftcore.cards import present
 from ftcore.config import Memory
-from ftcore.forecast import Forecast, free
+from ftcore.forecast import Forecast, allowed, free
 from ftcore.manager import Hooks
 from ftcore.report import note
 from ftcore.specs import Plan
@@ -31,8 +31,7 @@ def decided(hooks: Hooks, plan: Plan) -> Plan:
         if isinstance(forecast, str):
             reason = forecast
         else:
-            limit = plan.run.memory_limit
-            room = free(plan.device.memory / 2**30) if limit is None else int(limit * 2**30)
+            room = allowed(plan, free(plan.device.memory / 2**30))
             rows, reason = best_rows(Pace(forecast, present(plan.device)), plan.run.memory, room)
     note(f"trainer.micro_batch: {rows or 'as without a forecast'}, because {reason}")
     return replace(plan, run=replace(plan.run, trainer=replace(trainer, micro_batch=rows)))

@@ -143,7 +143,7 @@ class TrainerConfig(PluginConfig):
     global_batch: int = 8
     """Rows per optimizer step of one process; gradient accumulation follows from it."""
     max_length: int = 1024
-    """Longest row in tokens; the rest is cut off."""
+    """Longest row in tokens; the rest is cut off. `grpo`, `rloo` and `ppo` cut nothing: a forecast counts with it."""
     packing: bool = False
     """Fill each row of a batch with several documents."""
     optimizer: Optimizer = Optimizer.adamw_torch_fused
@@ -252,7 +252,7 @@ class PreviewConfig:
 
 @dataclass
 class ResumeConfig:
-    """How an interrupted run goes on."""
+    """How an interrupted run goes on; `resume=last` is short for `resume.checkpoint=last`."""
 
     checkpoint: str | None = None
     """`last` for the newest good checkpoint in `output_dir`, or a checkpoint folder. Null: the command line goes on by

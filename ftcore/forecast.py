@@ -28,6 +28,8 @@ POOL = 0.05
 """Part of what recorded layers keep that their memory takes besides, because its blocks are not all of one size."""
 STEP = 256
 """Tokens that a row's length is found to."""
+PROMPT = 256
+"""Tokens of a prompt that is to be completed, where `trainer.max_length` leaves no room for one."""
 LONGEST = 2**23
 """Tokens of a row that nobody looks beyond."""
 ENDLESS = 2**62
@@ -36,6 +38,12 @@ ENDLESS = 2**62
 def free(gibibytes: float) -> int:
     """Bytes of a GPU of that size which a run may plan with."""
     return max(0, int(gibibytes * 2**30 * (1 - GIVEN_AWAY)) - CONTEXT)
+
+
+def allowed(plan: Plan, room: int) -> int:
+    """Bytes that `memory=auto` plans with, of those that there are."""
+    limit = plan.run.memory_limit
+    return room if limit is None else min(room, int(limit * 2**30))
 
 
 def host_free(plan: Plan, memory: Memory) -> int:
@@ -226,9 +234,10 @@ class Forecast(Held):
 
     @property
     def length(self) -> int:
-        """Tokens of the longest row of the plan."""
+        """Tokens of the longest row of the plan; a completion has a prompt before it."""
         assert self.plan.run.trainer is not None
-        return max(self.plan.run.trainer.max_length, self.passes.written)
+        written = self.passes.written
+        return max(self.plan.run.trainer.max_length, written + PROMPT if written else 0)
 
     def instead(self, **trainer: Any) -> Forecast:
         """The forecast with other settings of the trainer."""

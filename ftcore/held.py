@@ -82,7 +82,7 @@ class Held:
     @property
     def state_bytes(self) -> int:
         """Of the optimizer's state for a trained weight."""
-        return optimizer_bytes(self.plan)
+        return optimizer_bytes(self.plan, self.trained_width)
 
     @cached_property
     def bits(self) -> float:

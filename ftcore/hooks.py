@@ -1,4 +1,4 @@
-"""Every hook of ftcore, in the order in which a run calls them: the page to read first.
+"""Every hook of ftcore, by subject: the page to read first. `pipeline.py` has the order in which a run calls them.
 
 A plugin is a module (or any object) with functions named like these and marked with `hookimpl`. An implementation may
 leave out arguments that it does not need. Two kinds of hook:
@@ -146,7 +146,7 @@ def ftcore_format_dataset(plan: Plan, dataset: DatasetDict, tokenizer: PreTraine
 
 @first
 def ftcore_make_collator(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Any | None:
-    """Make the data collator. Answered by data plugins; None takes the trainer's."""
+    """Make the data collator. Answered by trainers; None takes the trainer library's own."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,6 +26,9 @@ HEAD = 3 * 2**28
 """Bytes of the logits that the fused head has alive at a time, in fp32, and of their gradient in 16 bits."""
 
 
+STATE_READ = "ftcore_optimizer_state_read"
+"""Attribute of a model whose optimizer has its state from a checkpoint."""
+
 LEAN = (Memory.least, Memory.offload)
 """Every layer keeps its input only, or not even that, and works in tiles of rows."""
 
@@ -48,7 +51,7 @@ def apply(plan: Plan, model: Any) -> bool:
     """
     chosen = layers_that_choose(model)
     mode, there = plan.run.memory, functools.cache(available)
-    model.ftcore_memory = Applied(mode, optimizer_bytes(plan), there)
+    model.ftcore_memory = Applied(mode, optimizer_bytes(plan, trained_width(model)), there)
     on_gpu = plan.device.kind == "cuda"
     if chosen and mode in LEAN:
         free = room(plan, model, chosen) if on_gpu else _all_there_is
@@ -153,7 +156,7 @@ def _number_of_layers(model: Any) -> int:
 
 def room(plan: Plan, model: Any, layers: list[Recomputing]) -> Callable[[int, int, int, bool, bool], int]:
     """The planner's question: from rows, row length, plans made before, recording, and tiles, to activations' bytes."""
-    limit, state = plan.run.memory_limit, optimizer_bytes(plan)
+    limit, state = plan.run.memory_limit, optimizer_bytes(plan, trained_width(model))
     at_first: list[int] = []
 
     def fills(rows: int, length: int, made: int, recorded: bool, tiled: bool) -> int:
@@ -162,6 +165,7 @@ def room(plan: Plan, model: Any, layers: list[Recomputing]) -> Callable[[int, in
         at_first.append(_allocated() - gradients)
         # Gradient accumulation may put any number of batches before the first optimizer step.
         there = at_first[-1] - at_first[0] >= 0.9 * state * sum(p.numel() for p in trained)
+        there |= bool(vars(model).get(STATE_READ))
         return budget(model, layers, rows, length, 0 if there else state, recorded, limit, tiled)
 
     return fills
@@ -189,6 +193,8 @@ def budget(
     allocated = torch.cuda.memory_allocated()
     there, total = torch.cuda.mem_get_info()
     free = there + torch.cuda.memory_reserved() - allocated
+    if not recorded:
+        free -= of_graphs()
     if torch.cuda.is_available():  # what torch lets this process have
         free = min(free, int(torch.cuda.memory.get_per_process_memory_fraction() * total) - allocated)
     if limit is not None:
@@ -199,6 +205,17 @@ def budget(
     waiting += state * sum(p.numel() for p in model.parameters() if p.requires_grad)
     spare = GIVEN_AWAY * free if limit is None else ROUNDED_UP
     return int(free - spare) - workspace - int(waiting)
+
+
+def of_graphs() -> int:
+    """Bytes that recorded launches hold although no tensor does: nobody else is given those."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    parts: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    pools = [part for part in parts if tuple(part["segment_pool_id"]) != (0, 0)]
+    return int(sum(part["total_size"] - part["allocated_size"] for part in pools))
 
 
 HOST_PART = 0.5
@@ -222,10 +239,18 @@ def _allocated() -> int:
     return torch.cuda.memory_allocated()
 
 
-def optimizer_bytes(plan: Plan) -> int:
-    """Bytes of state that the optimizer keeps for each trained parameter: two moments, in 32 or 8 bits, or none."""
+def optimizer_bytes(plan: Plan, width: int) -> int:
+    """Bytes of state that the optimizer keeps for each trained parameter: two moments, or none.
+
+    :param width: Bytes of the parameter: PyTorch's moments are as wide.
+    """
     optimizer = plan.run.trainer.optimizer if plan.run.trainer else Optimizer.adamw_torch
-    return {Optimizer.sgd: 0, Optimizer.adamw_8bit: 2, Optimizer.paged_adamw_8bit: 2}.get(optimizer, 8)
+    return {Optimizer.sgd: 0, Optimizer.adamw_8bit: 2, Optimizer.paged_adamw_8bit: 2}.get(optimizer, 2 * width)
+
+
+def trained_width(model: Any) -> int:
+    """Bytes of a trained parameter, of the widest."""
+    return max((p.element_size() for p in model.parameters() if p.requires_grad), default=4)
 
 
 def wants_recompute(plan: Plan, model: Any) -> bool:

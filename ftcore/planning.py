@@ -11,7 +11,7 @@ from typing import Any
 from ftcore.cards import Card, called, of_size, present
 from ftcore.catalog import installed
 from ftcore.config import Memory, Optimizer, QuantizerConfig
-from ftcore.forecast import STEP, Forecast, Layout, free, host_free
+from ftcore.forecast import STEP, Forecast, Layout, allowed, free, host_free
 from ftcore.held import BITS
 from ftcore.hooks import PROJECT
 from ftcore.report import heading, note, table
@@ -35,10 +35,11 @@ def show(plan: Plan, model: Any) -> None:
     card, room = card_of(plan), free(size)
     rows, length = forecast.rows, forecast.length
     header = (HEADER[0], f"{rows} x {length:,} tokens", HEADER[2], f"rows of {length:,}", *HEADER[4:])
-    lines = [line(forecast, card, memory, room) for memory in ORDER]
+    rooms = {memory: allowed(plan, room) if memory is Memory.auto else room for memory in ORDER}
+    lines = [line(forecast, card, memory, rooms[memory]) for memory in ORDER]
     table(lines, header)
-    note(f"  auto: {means(forecast, rows, length, room)}; times as on a {card.name}")
-    if not any(fits(forecast, memory, rows, length, room) for memory in ORDER):
+    note(f"  auto: {means(forecast, rows, length, rooms[Memory.auto])}; times as on a {card.name}")
+    if not any(fits(forecast, memory, rows, length, rooms[memory]) for memory in ORDER):
         note(f"  none of these fits: {next_setting(forecast, room)}")
 
 

@@ -19,6 +19,7 @@ from ftcore.errors import Exit, FtcoreError
 from ftcore.guards.events import record, recorded, run_folder
 from ftcore.guards.non_finite import SkipsNonFinite
 from ftcore.guards.parts import rows_of, sliced, spans
+from ftcore.guards.shortage import is_out_of_memory
 from ftcore.guards.steps import copied
 from ftcore.host_memory import NoHostMemory
 from ftcore.remedy import remedy
@@ -27,7 +28,6 @@ from ftcore.training_checkpoint.trainer import random_state, set_random_state
 
 RETRIES = 3
 EVENT = "out_of_memory"
-_HOST = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class NoMemory(FtcoreError):
@@ -222,8 +222,3 @@ class FitsMemory(SkipsNonFinite):
         if isinstance(metrics, dict) and isinstance(metrics.get("eval"), dict):
             metrics["eval"].clear()
         vars(self).pop("_eval_dataloaders", None)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was short, of a device or of the host."""
-    return isinstance(error, torch.OutOfMemoryError | NoHostMemory) or any(text in str(error) for text in _HOST)

@@ -17,6 +17,7 @@ import torch
 
 from ftcore.guards.events import record, run_folder
 from ftcore.guards.finite import NonFinite, first_non_finite, refuse_non_finite
+from ftcore.guards.shortage import is_out_of_memory
 from ftcore.guards.skipping import OnDevice, OnHost, Step, forget_step, give_flag, reads_flag
 from ftcore.guards.steps import WatchedSteps, copied
 from ftcore.guards.sums import SUMS, finite_sums
@@ -146,14 +147,21 @@ class SkipsNonFinite(WatchedSteps):
                 gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
                 norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
                 finite = bool(torch.stack([norm.float(), *(loss.float() for loss in losses)]).isfinite().all())
-        except torch.OutOfMemoryError:  # beside the gradients of the step after it
+        except RuntimeError as error:  # beside the gradients of the step after it
+            if not is_out_of_memory(error):
+                raise
             return "not tried again: no memory"
         return "transient: finite when computed again" if finite else "reproducible: the same when computed again"
 
     @contextmanager
     def _as_if_nothing_happened(self, step: _Pending) -> Iterator[None]:
         """The count of steps is that of `step`; it, gradients, generators and metrics are afterwards as they were."""
-        held = [(p, p.grad) for group in self.optimizer.param_groups for p in group["params"]]
+        # Copies: recorded launches leave every step's gradients in the same memory.
+        held = [
+            (p, None if p.grad is None else p.grad.clone())
+            for group in self.optimizer.param_groups
+            for p in group["params"]
+        ]
         metrics = {name: copy.deepcopy(vars(self)[name]) for name in SUMS if name in vars(self)}
         random, now = random_state(), self.state.global_step
         self._drop_gradients()

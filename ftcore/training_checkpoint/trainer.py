@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from ftcore.memory import STATE_READ
 from ftcore.training_checkpoint import progress, tree
 from ftcore.training_checkpoint.manifest import sealed
 from ftcore.training_checkpoint.space import saved
@@ -82,6 +83,7 @@ class SafeCheckpoints:
             for group, made in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
                 group |= {name: made[name] for name in HOW if name in made}
             self.optimizer.load_state_dict(state)
+            setattr(self.model, STATE_READ, True)
             self.lr_scheduler.load_state_dict(tree.read(Path(checkpoint), "scheduler"))
 
     def _load_scaler(self, checkpoint: str | None) -> None:

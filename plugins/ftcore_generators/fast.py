@@ -9,6 +9,7 @@ once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from threading import RLock
@@ -71,9 +72,11 @@ class FastGenerator:
         self._other = TransformersGenerator(model, tokenizer, config.batch)
         self._engine: Engine | None = None
         self._kept: Kept | None = None
-        self._covered = True
-        self._most = config.batch
-        """Completions at a time that the memory was there for."""
+        self._drops = 0
+        """Times that what was kept had to go."""
+        self._covered, self._busy = True, False
+        self._most, self._tokens = config.batch, config.prompt_tokens
+        """Completions at a time, and tokens of prompts in a pass, that the memory was there for."""
         self._said: set[str] = set()
         self._one = RLock()
         """One call at a time: the engine computes in the model's own modules. Who is shown tokens may call again."""
@@ -94,7 +97,8 @@ class FastGenerator:
         :param media: For each prompt what the model takes besides its tokens, such as `pixel_values`, as the family's
             processor made it of this prompt alone.
         """
-        self._kept, requests = None, cache(partial(_requests, prompt_ids, sampling, media))
+        self._drop()
+        requests = cache(partial(_requests, prompt_ids, sampling, media))
         return self._written(
             lambda engine, ends: engine.run(requests(), sampling, ends),
             lambda: self._other.generate(prompt_ids, sampling, media),
@@ -102,7 +106,7 @@ class FastGenerator:
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling, show: Callable[[list[int]], None]) -> list[int]:
         """Complete one prompt, and show what is new every few tokens."""
-        self._kept = None
+        self._drop()
         return self._streamed(prompt_ids, sampling, show)
 
     def conversation(self) -> Streaming:
@@ -111,15 +115,18 @@ class FastGenerator:
 
     def begin_rollout(self) -> None:
         """Nothing to take before the prompts are known: they say how long the cache must be."""
-        self._kept = None
+        self._drop()
 
     def end_rollout(self) -> None:
         """Everything was given back with the last completion, but for a conversation."""
-        self._kept = None
+        self._drop()
 
     def weights_changed(self) -> None:
         """The weights are the trained ones themselves, read anew for every call."""
-        self._kept = None
+        self._drop()
+
+    def _drop(self) -> None:
+        self._kept, self._drops = None, self._drops + 1
 
     def _streamed(
         self,
@@ -135,22 +142,30 @@ class FastGenerator:
 
     def _next(self, prompt_ids: Sequence[int], sampling: Sampling, show: Callable[[list[int]], None]) -> list[int]:
         """As `_streamed`, from what was kept with the weights of now."""
+        from ftcore.guards.memory import NoMemory
         from ftcore_kernels.decoding.kept import Kept, Weights
 
-        kept = self._kept
-        if kept is None or not kept.weights.are(self._model):
-            self._kept = kept = Kept(Weights(self._model))
-        try:
-            return self._streamed(prompt_ids, sampling, show, kept)
-        finally:
-            kept.weights = Weights(self._model)  # a pass itself may write to some, as PEFT's wrapper of experts does
+        with self._one:
+            # Nobody else's meanwhile: who is shown tokens may go on with a conversation.
+            kept, self._kept, drops = self._kept, None, self._drops
+            if kept is None or not kept.weights.are(self._model):
+                kept = Kept(Weights(self._model))
+            try:
+                return self._streamed(prompt_ids, sampling, show, kept)
+            except NoMemory:
+                self._drop()
+                raise
+            finally:
+                kept.weights = Weights(self._model)  # a pass may write to some, as PEFT's wrapper of experts does
+                if self._drops == drops:
+                    self._kept = kept
 
     def _written(self, by_engine: Callable[[Engine, list[int]], T], otherwise: Callable[[], T]) -> T:
         from ftcore.answers import end_ids, evaluating
-        from ftcore.guards.memory import is_out_of_memory
+        from ftcore.guards.shortage import is_out_of_memory
         from ftcore_kernels.layers.uncovered import Uncovered
 
-        with self._one, evaluating(self._model):
+        with self._one, self._own_engine(), evaluating(self._model):
             while (engine := self._ready()) is not None:
                 try:
                     return by_engine(engine, end_ids(self._model, self._tokenizer))
@@ -165,12 +180,25 @@ class FastGenerator:
                     engine.close()
                 # Past the `except`, whose traceback held the cache. Each request has a seed of its own: the same again.
                 self._with_fewer(engine.rows, said)
-            self._kept = None
+            self._drop()
             return otherwise()
+
+    @contextmanager
+    def _own_engine(self) -> Iterator[None]:
+        """A call inside another one, by who is shown its tokens, has an engine of its own: the other's is recorded."""
+        outer, busy = self._engine, self._busy
+        self._engine, self._busy = None if busy else outer, True
+        try:
+            yield
+        finally:
+            self._busy = busy
+            if busy:
+                self._engine = outer
 
     def _with_fewer(self, rows: int, error: str) -> None:
         """The next engine writes half as many completions at a time, and reads half as many tokens of prompts."""
-        self._most, self._engine, self._kept = fewer(rows, error), None, None
+        self._most, self._engine, self._tokens = fewer(rows, error), None, max(self._tokens // 2, 1)
+        self._drop()
         self._say(
             f"out of memory with {rows} completions at a time; going on with {self._most} "
             f"(generator.batch={self._most} spares the attempt)"
@@ -185,8 +213,7 @@ class FastGenerator:
             return None
         if self._engine is None:
             memory = self._memory if self._base.device.type == "cuda" else None
-            tokens = max(1, self._config.prompt_tokens * self._most // self._config.batch)
-            limits = Limits(self._most, tokens, memory)
+            limits = Limits(self._most, self._tokens, memory)
             self._engine = Engine(self._base, self._plan.family.roles, limits)
         try:
             self._engine.open()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from ftcore import Completions, GeneratorConfig, Sampling, hookimpl
@@ -51,7 +52,7 @@ class TransformersGenerator:
             completed one by one then.
         """
         from ftcore.answers import end_ids, evaluating
-        from ftcore.guards.memory import is_out_of_memory
+        from ftcore.guards.shortage import is_out_of_memory
 
         ends = set(end_ids(self._model, self._tokenizer))
         ids: list[list[int]] = []
@@ -60,6 +61,8 @@ class TransformersGenerator:
                 start, at_once = len(ids), self._batch if media is None else 1
                 shown = {} if media is None else media[start] or {}
                 prompts = prompt_ids[start : start + at_once]
+                if sampling.repetition_penalty != 1:  # it would count pads, which may be the end token
+                    prompts = list(takewhile(lambda prompt, first=prompts[0]: len(prompt) == len(first), prompts))
                 try:
                     rows = self._complete(prompts, sampling, sorted(ends), shown)
                 except RuntimeError as error:
@@ -79,11 +82,19 @@ class TransformersGenerator:
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling, show: Callable[[list[int]], None]) -> list[int]:
         """Complete one prompt, and show every token."""
         from ftcore.answers import end_ids, evaluating
+        from ftcore.guards.shortage import is_out_of_memory
 
         ends = set(end_ids(self._model, self._tokenizer))
         with evaluating(self._model):
-            [row] = self._complete([prompt_ids], sampling, sorted(ends), {"streamer": _Shown(show)})
-        return _until_end(row, ends)
+            try:
+                [row] = self._complete([prompt_ids], sampling, sorted(ends), {"streamer": _Shown(show)})
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                said = str(error).splitlines()[0]
+            else:
+                return _until_end(row, ends)
+        raise _too_little(said)
 
     def begin_rollout(self) -> None:
         """Nothing to take."""
@@ -120,15 +131,20 @@ class TransformersGenerator:
 
 def fewer(rows: int, error: str) -> int:
     """How many completions to write at a time where so many did not fit. Raises NoMemory where one did not."""
+    if rows < 2:
+        raise _too_little(error)
+    give_memory_back()
+    return rows // 2
+
+
+def _too_little(error: str) -> Exception:
     from ftcore.guards.memory import NoMemory
 
     give_memory_back()
-    if rows < 2:
-        raise NoMemory(
-            f"out of memory while one completion was written: {error}\n"
-            "    fix: give shorter prompts or completions, add +quantizer=bnb_nf4, or free some of the GPU"
-        )
-    return rows // 2
+    return NoMemory(
+        f"out of memory while one completion was written: {error}\n"
+        "    fix: give shorter prompts or completions, add +quantizer=bnb_nf4, or free some of the GPU"
+    )
 
 
 class _Shown:

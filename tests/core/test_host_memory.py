@@ -13,7 +13,7 @@ import torch
 from ftcore import host_memory, memory, remedy
 from ftcore.config import Memory
 from ftcore.errors import FtcoreError
-from ftcore.guards.memory import is_out_of_memory
+from ftcore.guards.shortage import is_out_of_memory
 from ftcore.host_memory import SPARE, NoHostMemory, available, need
 from ftcore.memory import Applied, host_room
 

@@ -658,11 +658,22 @@ def test_tiles_where_they_save_memory(kind, tiled) -> None:
     assert saves == tiled
 
 
-@pytest.mark.parametrize(("optimizer", "size"), [(Optimizer.sgd, 0), (Optimizer.adamw_8bit, 2), (None, 8)])
-def test_state_of_the_optimizer(optimizer, size) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "width", "size"),
+    [(Optimizer.sgd, 4, 0), (Optimizer.adamw_8bit, 4, 2), (None, 4, 8), (None, 2, 4), (Optimizer.adamw_torch, 2, 4)],
+)
+def test_state_of_the_optimizer(optimizer, width, size) -> None:
+    """PyTorch's moments are as wide as the weight."""
     words = [] if optimizer is None else [f"trainer.optimizer={optimizer.value}"]
     _, plan = runs.prepared([*WORDS, "+trainer=sft", *words])
-    assert memory.optimizer_bytes(plan) == size
+    assert memory.optimizer_bytes(plan, width) == size
+    if optimizer in (None, Optimizer.adamw_torch):
+        weight = torch.nn.Parameter(torch.ones(5, dtype={2: torch.bfloat16, 4: torch.float32}[width]))
+        weight.grad = torch.ones_like(weight)
+        made = torch.optim.AdamW([weight], fused=optimizer is None)
+        made.step()
+        moments = [one for one in made.state[weight].values() if one.numel() == 5]
+        assert sum(one.numel() * one.element_size() for one in moments) == 5 * size
 
 
 def test_graphs_follow_the_layers_order_on_a_gpu_and_nowhere_else(monkeypatch) -> None:

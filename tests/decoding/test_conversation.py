@@ -219,6 +219,43 @@ def test_what_transformers_writes_is_not_kept(read: Read, monkeypatch: pytest.Mo
     assert written == fresh(made, ids)
 
 
+# Within another ------------------------------------------------------------------------------------------------------
+
+LONGER = Sampling(max_new_tokens=24, temperature=0.0)
+WITHIN: dict[str, Callable[[Both, Streaming, list[int]], object]] = {
+    "another turn": lambda made, talk, ids: talk.stream(ids, GREEDY, silent),
+    "another conversation": lambda made, talk, ids: made.fast.conversation().stream(ids, GREEDY, silent),
+    "a stream": lambda made, talk, ids: made.fast.stream(ids, GREEDY, silent),
+    "a batch": lambda made, talk, ids: made.fast.generate([ids], GREEDY).ids[0],
+}
+
+
+@pytest.mark.parametrize("same", [0, 20])
+@pytest.mark.parametrize("use", WITHIN)
+def test_who_is_shown_tokens_may_ask_for_others(use: str, same: int, llama: Both) -> None:
+    """As for a call of a tool: both are answered right, and so are the turns that come after them."""
+    talk, ids = begun(llama)
+    ids += prompts_of(3)[0]
+    other, answers = [*ids[:same], *prompts_of(70)[0]], []
+    expected = [fresh(llama, ids, LONGER), fresh(llama, other)]
+
+    def ask(new: list[int]) -> None:
+        if not answers:
+            answers.append(WITHIN[use](llama, talk, other))
+
+    assert [talk.stream(ids, LONGER, ask), *answers] == expected
+    for turn in (ids + expected[0] + prompts_of(5)[0], other + expected[1] + prompts_of(5)[0]):
+        assert talk.stream(turn, GREEDY, silent) == fresh(llama, turn)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("use", WITHIN)
+def test_who_is_shown_tokens_of_recorded_steps_may_ask_for_others(use: str) -> None:
+    """The launches that are replayed read memory of their own."""
+    test_who_is_shown_tokens_may_ask_for_others(use, 0, both())
+
+
 # Ended half way -------------------------------------------------------------------------------------------------------
 
 

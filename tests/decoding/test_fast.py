@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from generators_on_tiny import Both, both, logprobs_of, prompts_of
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ftcore import Sampling
+from ftcore_generators.transformers import TransformersGenerator
 from ftcore_kernels.decoding import layers
 from ftcore_kernels.decoding.requests import Request
 from ftcore_kernels.layers.uncovered import Uncovered
@@ -321,3 +323,33 @@ def test_what_is_not_asked_for_is_not_the_checkpoints(monkeypatch: pytest.Monkey
     for generator in (made.fast, made.plain):
         found = generator.generate(prompts, Sampling(max_new_tokens=6))
         assert len(set(map(tuple, found.ids))) > 1
+
+
+LONG_ROPE = (
+    "model.rope_scaling={rope_type: longrope, original_max_position_embeddings: 32, factor: 4.0, "
+    "short_factor: [1.0, 1.3, 2.0, 3.0], long_factor: [1.5, 3.0, 6.0, 12.0]}"
+)
+
+
+def test_rows_whose_angles_change_on_the_way_are_left_to_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Keys that were computed with the short factors do not go with the long ones."""
+    made = both("kernels=[reference]", LONG_ROPE, family="phi3")
+    config = made.model.get_base_model().config
+    # The family's own class puts its default over what was asked for.
+    config.original_max_position_embeddings = config.rope_parameters["original_max_position_embeddings"] = 32
+    short, long = prompts_of(5, 11), prompts_of(25, 40)
+    assert made.fast.generate(short, GREEDY).ids == made.plain.generate(short, GREEDY).ids
+    assert "transformers writes" not in capsys.readouterr().out
+    assert made.fast.generate(long, GREEDY).ids == made.plain.generate(long, GREEDY).ids
+    assert "beyond 32 LongRoPE turns all of them otherwise" in capsys.readouterr().out
+
+
+def test_a_penalty_of_transformers_does_not_count_pads() -> None:
+    """The pad may be the end token, and the shorter prompts would never end."""
+    made, prompts = both("kernels=[reference]"), prompts_of(3, 9, 9, 4)
+    favourite = made.plain.generate(prompts[:1], GREEDY).ids[0][0]
+    plain = TransformersGenerator(made.model, SimpleNamespace(pad_token_id=favourite, eos_token_id=None), 64)  # type: ignore[arg-type]
+    sampling = Sampling(max_new_tokens=12, temperature=0.0, repetition_penalty=1e9)
+    together = plain.generate(prompts, sampling).ids
+    assert together == [plain.generate([prompt], sampling).ids[0] for prompt in prompts]
+    assert together == made.fast.generate(prompts, sampling).ids

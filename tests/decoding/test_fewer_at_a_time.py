@@ -64,6 +64,26 @@ def test_one_that_does_not_fit_ends_in_a_message(made: Both, monkeypatch: pytest
         made.fast.stream(prompts_of(4)[0], GREEDY, lambda new: None)
 
 
+def test_passes_over_prompts_become_half_as_long(made: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever part of `generator.batch` there was to write."""
+    room_for(2, monkeypatch)
+    made.fast.generate(prompts_of(4, 5, 6), GREEDY)
+    assert made.fast._engine is not None
+    assert made.fast._engine.prompt_tokens == made.fast._config.prompt_tokens // 2
+
+
+def test_a_conversation_that_does_not_fit_keeps_nothing(made: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    talk, [prompt] = made.fast.conversation(), prompts_of(9)
+    said = talk.stream(prompt, GREEDY, lambda new: None)
+    own = Engine.logits
+    monkeypatch.setattr(Engine, "logits", lambda *_, **__: (_ for _ in ()).throw(SHORT))
+    with pytest.raises(NoMemory):
+        talk.stream([*prompt, *said], GREEDY, lambda new: None)
+    assert made.fast._kept is None
+    monkeypatch.setattr(Engine, "logits", own)
+    assert talk.stream(prompt, GREEDY, lambda new: None) == said
+
+
 def test_another_error_is_no_lack_of_memory(made: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     def cache(*_: Any) -> Any:
         raise RuntimeError("something else")
@@ -91,3 +111,5 @@ def test_padded_batches_become_smaller_too(made: Both, monkeypatch: pytest.Monke
     monkeypatch.setattr(made.model, "generate", lambda **_: (_ for _ in ()).throw(SHORT))
     with pytest.raises(NoMemory):
         made.plain.generate(prompts, GREEDY)
+    with pytest.raises(NoMemory):
+        made.plain.stream(prompts[0], GREEDY, lambda new: None)

@@ -241,3 +241,16 @@ def test_answers_leave_no_memory_behind() -> None:
             sizes.add((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
     assert len(sizes) == 1
     assert sizes.pop()[1] - before <= 80 * 2**20
+
+
+@pytest.mark.parametrize(("first", "begins"), [(None, 2), (7, 7)])
+def test_an_empty_text_is_continued_from_the_first_token(first: int | None, begins: int) -> None:
+    class Tokenizer:
+        chat_template, bos_token_id, eos_token_id = None, first, 2
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    asked = Answers(None, None, Tokenizer(), SETTINGS)  # type: ignore[arg-type]
+    assert asked._asked([{"role": "user", "content": ""}]) == [begins]
+    assert asked._asked([{"role": "user", "content": "A"}]) == [65]

@@ -15,7 +15,7 @@ from ftcore_kernels.decoding.cache import Cache, row_bytes
 from ftcore_kernels.decoding.kept import Kept
 from ftcore_kernels.decoding.layers import Layers
 from ftcore_kernels.decoding.modules import Own
-from ftcore_kernels.decoding.recording import fixed_rope, recordable
+from ftcore_kernels.decoding.recording import fixed_rope, other_angles, recordable
 from ftcore_kernels.decoding.requests import Request
 from ftcore_kernels.decoding.run import Run
 from ftcore_kernels.layers.uncovered import Uncovered
@@ -50,6 +50,8 @@ class Engine:
         """Completions that the last call wrote, or tried to write, at a time."""
         self.may_record = recordable(base.config, self._device)
         """Whether a step may be a CUDA graph, until it turns out that it may not."""
+        self.other_angles = other_angles(base.config)
+        """Tokens beyond which a row's keys would have to be computed again."""
         self._routed = "output_router_logits" in inspect.signature(type(base).forward).parameters
 
     @torch.no_grad()

@@ -40,8 +40,26 @@ def recordable(config: Any, device: torch.device) -> bool:
     return device.type == "cuda" and fixed_rope(config)
 
 
+def other_angles(config: Any) -> int | None:
+    """Tokens of a row beyond which all of its tokens have other angles than before; None if that never comes.
+
+    LongRoPE takes other factors from there on (Ding et al. 2024, arXiv 2402.13753).
+    """
+    text = config.get_text_config()
+    ends = [
+        kind.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        for kind in _kinds(text)
+        if kind.get("rope_type") == "longrope"
+    ]
+    return min((int(end) for end in ends if end), default=None)
+
+
 def fixed_rope(config: Any) -> bool:
     """Whether a token's angles depend on its place alone, and not on how long its row has become."""
-    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]
-    return all(kind.get("rope_type", "default") in FIXED_ROPE for kind in kinds)
+    return all(kind.get("rope_type", "default") in FIXED_ROPE for kind in _kinds(config.get_text_config()))
+
+
+def _kinds(text: Any) -> list[dict[str, Any]]:
+    """One for all layers, or one for each kind of layer."""
+    parameters = getattr(text, "rope_parameters", None) or {}
+    return [parameters] if "rope_type" in parameters else [p for p in parameters.values() if isinstance(p, dict)]

@@ -50,6 +50,10 @@ class Run:
         reach = computed.longest
         if reach is not None and longest > reach:
             raise Uncovered(f"rows may have {longest} tokens, and from {reach} on attention asks where a token stands")
+        if engine.other_angles is not None and longest > engine.other_angles:
+            raise Uncovered(
+                f"rows may have {longest} tokens, and beyond {engine.other_angles} LongRoPE turns all of them otherwise"
+            )
         self._prompt_tokens = engine.prompt_tokens if reach is None else min(engine.prompt_tokens, reach)
         new = max(request.limit for request in requests)
         made = partial(engine.cache, longest, len(requests))

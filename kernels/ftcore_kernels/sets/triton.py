@@ -1,4 +1,4 @@
-"""Triton kernels: RMSNorm, RoPE and SwiGLU, forward and backward (compute capability 7.0 and up)."""
+"""Triton kernels: decoder layers, head and loss, experts, norms, RoPE and SwiGLU (compute capability 7.0 and up)."""
 
 from __future__ import annotations
 

@@ -93,10 +93,11 @@ class Record:
         self._kept: Kept | None = None
         self._homes = homes
         self._into = torch.empty(0)
+        self._broken = False
 
     def same(self) -> bool:
-        """Whether the trained parameters are where they were."""
-        return self.pointers == [parameter.data_ptr() for parameter in self.parameters]
+        """Whether the trained parameters are where they were, and all of it was recorded."""
+        return not self._broken and self.pointers == [parameter.data_ptr() for parameter in self.parameters]
 
     def forward(self, hidden: torch.Tensor, before: Record | None) -> torch.Tensor:
         """Replay, or record and replay, the forward of `[B, S, H]`."""
@@ -158,6 +159,7 @@ class Record:
 
     def _record(self, graph: torch.cuda.CUDAGraph, launches: Callable[[], None]) -> None:
         stream, current = self.shared.stream, torch.cuda.current_stream()
+        self._broken = True  # until it is whole: the memory may be short
         stream.wait_stream(current)
         with torch.cuda.stream(stream), torch.no_grad(), torch.autocast("cuda", enabled=False):
             graph.capture_begin(pool=self.shared.pool, capture_error_mode="thread_local")
@@ -166,6 +168,7 @@ class Record:
             finally:
                 graph.capture_end()
         current.wait_stream(stream)
+        self._broken = False
 
 
 class Graphs:
