@@ -165,5 +165,28 @@ def test_a_part_of_the_gpu_is_all_there_is(monkeypatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda.memory, "get_per_process_memory_fraction", lambda *_: 0.25)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", list)
     found = memory.budget(model, [Layer()], 1, 0, 0, False, None)
     assert found == int((1 - memory.GIVEN_AWAY) * 19 * GIB)
+
+
+def test_what_recorded_launches_hold_is_not_free(monkeypatch) -> None:
+    """The allocator gives it to nobody else; to further recordings it does."""
+    text = SimpleNamespace(vocab_size=0, hidden_size=0)
+    model = torch.nn.Linear(1, 1).requires_grad_(False)
+    model.config = SimpleNamespace(get_text_config=lambda: text)
+    for name, value in (
+        ("memory_allocated", GIB),
+        ("memory_reserved", 9 * GIB),
+        ("mem_get_info", (20 * GIB, 80 * GIB)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.memory, "get_per_process_memory_fraction", lambda *_: 1.0)
+    parts = [
+        {"segment_pool_id": [0, 0], "total_size": 3 * GIB, "allocated_size": GIB},
+        {"segment_pool_id": (0, 1), "total_size": 6 * GIB, "allocated_size": GIB},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: parts)
+    free = [memory.budget(model, [Layer()], 1, 0, 0, recorded, None) for recorded in (False, True)]
+    assert free == [int((1 - memory.GIVEN_AWAY) * (28 - held) * GIB) for held in (5, 0)]

@@ -588,6 +588,19 @@ def test_budget_counts_what_is_still_to_come(monkeypatch) -> None:
     assert left(limit=99) >= left()
 
 
+def test_state_that_came_from_a_checkpoint_is_not_still_to_come(monkeypatch) -> None:
+    """It was on the GPU before the first batch, so that nobody saw it come."""
+    _, plan = runs.prepared([*WORDS, "+trainer=sft"])
+    model = fresh()[1]
+    Gpu(monkeypatch, free=2**30)
+    found = []
+    for read in (False, True):
+        vars(model)[memory.STATE_READ] = read
+        found.append(memory.room(plan, model, [Fake()])(100, 100, 0, False, False))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found[1] - found[0] == pytest.approx(8 * trained, abs=2)
+
+
 class OneB:
     """Llama-3.2-1B's layers under LoRA, without weights."""
 

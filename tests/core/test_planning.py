@@ -134,6 +134,17 @@ def test_a_named_card_brings_its_memory_and_its_pace(in_tmp, capsys) -> None:
     assert all(4 * a < b for a, b in zip(*rates, strict=True))
 
 
+def test_a_limit_is_what_auto_plans_with(in_tmp, capsys) -> None:
+    """And nobody else: with the others it is refused."""
+    free, _ = said(capsys, "gpu_memory=24")
+    limited, out = said(capsys, "gpu_memory=24", "memory_limit=3", "memory=auto")
+    names = [line[0] for line in free]
+    assert [name for name, a, b in zip(names, free, limited, strict=True) if a != b] == ["memory=auto"]
+    at = names.index("memory=auto")
+    assert float(limited[at][1].split()[0]) <= 3 < float(free[at][1].split()[0])
+    assert "auto: nothing is computed again" not in out
+
+
 def test_where_nothing_fits_the_next_setting_is_named_and_fits(in_tmp, capsys) -> None:
     """4-bit weights, 8-bit moments, fewer rows, shorter ones: the first that does, and what it says is right."""
     found = forecast(*QWEN, *LONG)
@@ -160,12 +171,12 @@ def said_but_memory(words: list[str]) -> list[str]:
 
 
 def test_moments_in_8_bits_are_named_where_they_are_what_is_missing(in_tmp, capsys) -> None:
-    lines, out = said(capsys, "adapter=full", "gpu_memory=7", "trainer.global_batch=1", "trainer.max_length=256")
+    lines, out = said(capsys, "adapter=full", "gpu_memory=5", "trainer.global_batch=1", "trainer.max_length=256")
     assert all(line[1].endswith("too much") for line in lines)
     assert all(line[4:] == ["-", "-", "-"] for line in lines)
     assert "none of these fits: set trainer.optimizer=adamw_8bit memory=least" in out
     _, out = said(
-        capsys, "adapter=full", "gpu_memory=7", "trainer.global_batch=1", "trainer.max_length=256",
+        capsys, "adapter=full", "gpu_memory=5", "trainer.global_batch=1", "trainer.max_length=256",
         "trainer.optimizer=adamw_8bit",
     )  # fmt: skip
     assert "none of these fits" not in out

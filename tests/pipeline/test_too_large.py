@@ -34,13 +34,13 @@ def forecast(*words: str) -> Forecast:
 
 
 def test_all_weights_of_8b_on_a_small_card() -> None:
-    """8.03e9 weights of two bytes, gradients as wide, and two moments in 32 bits."""
+    """8.03e9 weights of two bytes, gradients as wide, and two moments as wide."""
     full = forecast("adapter=full")
     problem = too_large.found(full, 22 * GIB)
     assert problem is not None
     assert problem.message == (
-        "training takes 89.7 GiB of the GPU before any row is there (weights 15.0 GiB, gradients 15.0 GiB, moments of "
-        "the optimizer 59.8 GiB), and 22.0 GiB are free"
+        "training takes 59.8 GiB of the GPU before any row is there (weights 15.0 GiB, gradients 15.0 GiB, moments of "
+        "the optimizer 29.9 GiB), and 22.0 GiB are free"
     )
     assert "smaller model" in problem.fix
     assert too_large.found(full, full.fixed) is None

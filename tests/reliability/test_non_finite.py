@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from ftcore.cli import run as command
 from ftcore.errors import Exit
 from ftcore.guards import non_finite
 from ftcore.guards.finite import NonFinite
+from ftcore.guards.non_finite import SkipsNonFinite
 from ftcore.guards.skipping import innermost
 from ftcore.guards.tally import Tally
 from ftcore.testing.faults import poison
@@ -66,6 +68,21 @@ class Poisoned:
 @pytest.fixture
 def rows(in_tmp: Path) -> None:
     (in_tmp / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+def test_gradients_outlive_a_second_look_that_writes_where_they_were() -> None:
+    """As the launches of recorded layers do, which leave every step's gradients in the same memory."""
+    guard: Any = SkipsNonFinite.__new__(SkipsNonFinite)
+    weight, alone = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+    guard.optimizer, guard.state = torch.optim.SGD([weight, alone]), SimpleNamespace(global_step=7)
+    home = weight.grad = torch.arange(3.0)
+    with guard._as_if_nothing_happened(SimpleNamespace(number=6)):
+        assert weight.grad is None
+        assert guard.state.global_step == 5
+        weight.grad = home.fill_(math.nan)
+    assert torch.equal(weight.grad, torch.arange(3.0))
+    assert alone.grad is None
+    assert guard.state.global_step == 7
 
 
 def events() -> list[dict[str, Any]]:
