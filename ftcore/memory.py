@@ -190,11 +190,9 @@ def budget(
     """
     import torch
 
-    allocated = torch.cuda.memory_allocated()
+    allocated = torch.cuda.memory_allocated() + (0 if recorded else of_graphs())
     there, total = torch.cuda.mem_get_info()
     free = there + torch.cuda.memory_reserved() - allocated
-    if not recorded:
-        free -= of_graphs()
     if torch.cuda.is_available():  # what torch lets this process have
         free = min(free, int(torch.cuda.memory.get_per_process_memory_fraction() * total) - allocated)
     if limit is not None:
