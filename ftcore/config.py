@@ -168,7 +168,7 @@ class TrainerConfig(PluginConfig):
     save_steps: float = 0
     """Save a checkpoint every so many steps (below 1: part of the run); 0 saves at the end only."""
     early_stopping: int = 0
-    """Stop after so many evaluations without a better loss; 0 never stops early."""
+    """Stop after so many evaluations without a better loss, or reward where that is learnt; 0 never stops early."""
     logging_steps: int = 1
     """Write metrics every so many steps."""
     args: dict[str, Any] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,14 @@ from ftcore.hooks import hookimpl
 from ftcore.specs import PatchReport, Phase, Plan
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+DRAWING = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, "typical_p": 1.0}
+"""Settings for generation that mean nothing without draws, and their usual values."""
 
 
 @hookimpl(trylast=True)
@@ -85,11 +92,35 @@ def ftcore_load_model(plan: Plan, quantization: Any | None) -> PreTrainedModel:
     if any("attention_softcap" in role.traits for role in plan.family.roles):
         options["attn_implementation"] = "eager"  # SDPA leaves the cap out, and transformers 5.17 would take it
     auto = getattr(transformers, plan.family.auto_class)
-    loaded = _loaded(auto, checkpoint.locate(model, plan.family), options)
+    with _seeded(plan):
+        loaded = _loaded(auto, checkpoint.locate(model, plan.family), options)
     vocabulary.grown(plan, loaded)
     loaded.config.use_cache = loaded.config.get_text_config().use_cache = False
     _stay_differentiable(loaded)
+    _mean_to_draw(loaded)
     return loaded
+
+
+def _mean_to_draw(model: Any) -> None:
+    """Let settings for drawing say that it is drawn: transformers saves no other once the Trainer has changed one."""
+    settings = getattr(model, "generation_config", None)
+    if (
+        settings is not None
+        and not settings.do_sample
+        and any(getattr(settings, name, None) not in (None, usual) for name, usual in DRAWING.items())
+    ):
+        settings.do_sample = True
+
+
+@contextmanager
+def _seeded(plan: Plan) -> Iterator[None]:
+    """What a checkpoint lacks, such as a head that is new, begins by the run's seed; other draws go on as before."""
+    import torch
+
+    gpus = [torch.cuda.current_device()] if plan.device.kind == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        torch.manual_seed(plan.run.trainer.seed if plan.run.trainer else 0)
+        yield
 
 
 def _loaded(auto: Any, place: str, options: dict[str, Any]) -> PreTrainedModel:

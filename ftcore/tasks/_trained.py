@@ -10,7 +10,7 @@ from ftcore import hooks as h
 from ftcore import pipeline
 from ftcore.catalog import installed
 from ftcore.config import RunConfig
-from ftcore.errors import Exit, Problem, Refused
+from ftcore.errors import Exit, Problem, Refused, refuse
 from ftcore.manager import Hooks, import_plugin
 from ftcore.record import TRAINED
 from ftcore.specs import Loaded, Plan
@@ -29,7 +29,9 @@ def trained_config(config: RunConfig) -> RunConfig:
         adapter: Any = replace(config.adapter, path=str(folder))  # type: ignore[call-arg]
         return replace(config, adapter=adapter)
     if (folder / "config.json").is_file():
-        model = replace(config.model, path=str(folder), tiny=False, shape=None)
+        # Longer contexts and new tokens are in what was saved.
+        saved: Any = {"path": str(folder), "tiny": False, "shape": None}
+        model = replace(config.model, **saved, rope_scaling={}, max_length=None, new_tokens=[])
         return replace(config, model=model)
     raise Refused(
         Problem(
@@ -52,4 +54,6 @@ def prepared(config: RunConfig) -> tuple[Hooks, Plan]:
     also = getattr(module, "LOADED_WITH", None)
     hooks, plan = pipeline.prepare(bare, [import_plugin(also, "trainer")] if also else [])
     spec = Hooks.for_run(RunConfig(), installed(), [module]).first(h.ftcore_trainer_spec, config=config.trainer)
-    return hooks, replace(plan, family=spec.headed(plan.family))
+    plan = replace(plan, family=spec.headed(plan.family))
+    refuse(hooks.collect(h.ftcore_check_plan, plan=plan))  # once more: not every export takes such a head
+    return hooks, plan

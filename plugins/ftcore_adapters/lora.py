@@ -184,17 +184,26 @@ def _differences(config: Config, file: Path, recorded: bool) -> Iterator[Problem
         fix = "the adapter is damaged; give another folder"
         yield Problem("adapter.path", f"{file} is not JSON, or no object", fix, Exit.DATA)
         return
+    new = not recorded
     variant = "dora" if saved.get("use_dora") else "rslora" if saved.get("use_rslora") else "lora"
     for key, asked, usual, kept in (
         ("r", config.r, Config.r, saved.get("r")),
         ("alpha", config.alpha, Config.alpha, saved.get("lora_alpha")),
         ("variant", config.variant.value, Config.variant.value, variant),
         ("init", Init.default.value if recorded else config.init.value, Config.init.value, _start(saved)),
+        ("dropout", config.dropout, Config.dropout, saved.get("lora_dropout")),
+        ("targets", sorted(config.targets) if new else [], [], _names(saved.get("target_modules"))),
+        ("modules_to_save", sorted(config.modules_to_save) if new else [], [], _names(saved.get("modules_to_save"))),
     ):
         if kept is not None and asked not in (usual, kept):
             message = f"is {asked}, but the adapter saved in {file.parent} has {kept}"
             what = {"r": "rank"}.get(key, key)
             yield Problem(f"adapter.{key}", message, f"a saved adapter keeps its {what}: leave adapter.{key} out")
+
+
+def _names(saved: Any) -> list[str] | None:
+    """In order; None where the adapter has a pattern, which names cannot be compared with."""
+    return None if isinstance(saved, str) else sorted(saved or [])
 
 
 def _start(saved: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
-from ftcore_data._rows import Row, first_pair, kind, missing_all, not_text, sample
+from ftcore_data._rows import Row, first_pair, kind, missing_all, not_text, sample, unused
 
 ALIKE = (("anchor", "positive"), ("query", "positive"), ("query", "document"), ("query", "passage"))
 SCORED = (("sentence1", "sentence2"), ("premise", "hypothesis"))
@@ -42,7 +42,7 @@ def check(row: Row) -> str | None:
     if reason := next(filter(None, (not_text(row, name) for name in names)), None):
         return reason
     if pair in ALIKE:
-        return None
+        return unused(row, *SCORES)  # it may say that they are not alike
     score = _score(row)
     if score is None or not math.isfinite(score):
         column = next((name for name in SCORES if name in row), None)

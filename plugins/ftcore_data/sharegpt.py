@@ -83,9 +83,10 @@ def to_messages(turns: list[Row]) -> list[Message]:
 
 
 def _message(turn: Row) -> Message:
+    weight = {} if turn.get("weight") is None else {"weight": turn["weight"]}
     if turn["from"] == CALL:
-        return {"role": "assistant", "tool_calls": _calls(turn["value"])}
-    return {"role": ROLES[turn["from"]], "content": turn["value"]}
+        return {"role": "assistant", "tool_calls": _calls(turn["value"]), **weight}
+    return {"role": ROLES[turn["from"]], "content": turn["value"], **weight}
 
 
 def _checkable(turns: Any) -> Any:

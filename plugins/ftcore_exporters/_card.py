@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ftcore import Plan
+from ftcore_exporters._recorded import origin, recorded
 
 HYPERPARAMETERS = (
     *("learning_rate", "epochs", "max_steps", "global_batch", "max_length", "optimizer", "schedule", "warmup"),
@@ -28,10 +29,10 @@ def card(plan: Plan, what: str, source: Path, repo_id: str, license_id: str | No
     :param source: its folder.
     :param license_id: by the hub's id; None says that it is unknown.
     """
-    recorded = _recorded(plan)
+    found = recorded(plan)
     lines = [*_front(plan, what, source, license_id), f"# {repo_id.rpartition('/')[2]}", ""]
     lines += [f"This is {FORMS.get(what, f'a merged model ({what})')}, fine-tuned from {_base_text(plan)} with ftcore."]
-    lines += ["", *_training(recorded), *_metrics(plan), *_usage(what, source, repo_id)]
+    lines += ["", *_training(found), *_metrics(plan), *_usage(what, source, repo_id)]
     if license_id is None:
         lines += ["## Licence", "", "Not stated. That of the base model may apply.", ""]
     return "\n".join(lines)
@@ -39,16 +40,15 @@ def card(plan: Plan, what: str, source: Path, repo_id: str, license_id: str | No
 
 def base_id(plan: Plan) -> str | None:
     """The base model's id on the hub; None for a local folder or random weights."""
-    model = plan.run.model
-    return model.id if model is not None and not (model.path or model.tiny or model.shape) and model.id else None
+    model = origin(plan)
+    return model.id if not (model.path or model.tiny or model.shape) and model.id else None
 
 
 def _base_text(plan: Plan) -> str:
     known = base_id(plan)
     if known:
         return f"[{known}](https://huggingface.co/{known})"
-    model = plan.run.model
-    assert model is not None
+    model = origin(plan)
     return "random weights" if model.tiny or model.shape else f"a local {model.name} checkpoint"
 
 
@@ -65,25 +65,13 @@ def _front(plan: Plan, what: str, source: Path, license_id: str | None) -> list[
     return [*lines, "tags:", "- ftcore", "---", ""]
 
 
-def _recorded(plan: Plan) -> Mapping[str, Any]:
-    """The training run's config; empty where there is none beside the exports."""
-    import yaml
-
-    file = Path(plan.run.run or plan.output_dir) / "config.yaml"
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _training(recorded: Mapping[str, Any]) -> Iterator[str]:
-    trainer, adapter, data = (recorded.get(kind) or {} for kind in ("trainer", "adapter", "data"))
+def _training(found: Mapping[str, Any]) -> Iterator[str]:
+    trainer, adapter, data = (found.get(kind) or {} for kind in ("trainer", "adapter", "data"))
     yield from ("## Training", "")
     rows = {"trainer": trainer.get("name"), "data format": data.get("name"), "shape of the rows": _shape(data)}
     rows |= {name: trainer.get(name) for name in HYPERPARAMETERS}
     rows |= {f"adapter {name}": adapter.get(name) for name in ("name", *ADAPTERS)}
-    rows["quantizer"] = (recorded.get("quantizer") or {}).get("name")
+    rows["quantizer"] = (found.get("quantizer") or {}).get("name")
     rows["ftcore"] = _version()
     yield from ("| | |", "|---|---|")
     for name, value in rows.items():

@@ -86,13 +86,19 @@ def shared(plan: Plan, has_eval: bool) -> dict[str, Any]:
         "eval_steps": trainer.eval_steps or None,
         "save_strategy": "steps" if trainer.save_steps else "no",
         "save_steps": trainer.save_steps or 500,
-        "metric_for_best_model": "eval_loss" if trainer.early_stopping else None,
+        "metric_for_best_model": _judged_by(plan) if trainer.early_stopping else None,
         "logging_strategy": "steps",
         "logging_steps": trainer.logging_steps,
         "report_to": "none",
         "disable_tqdm": True,  # ftcore shows its own progress
         **trainer.args,
     }
+
+
+def _judged_by(plan: Plan) -> str:
+    """The metric that early stopping goes by: where rewards are learnt, the loss says nothing of them."""
+    assert plan.trainer is not None
+    return "eval_reward" if "reward" in plan.trainer.measures else "eval_loss"
 
 
 def quiet(trainer: Any) -> Any:

@@ -34,6 +34,12 @@ class LeanLoop(FitsMemory):
         with _lean(self):
             return super().train(*args, **kwargs)
 
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """As the trainer's own; a part of few steps rounds down: one step would be all warm-up, at a rate of 0."""
+        if 0 < self.args.warmup_steps < 1:
+            self.args.warmup_steps = int(self.args.warmup_steps * num_training_steps)
+        return super().create_scheduler(num_training_steps, *args, **kwargs)  # type: ignore[misc]
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """transformers' own statistic, with the parameters counted once."""
         main = getattr(self.model, "main_input_name", "input_ids")

@@ -15,6 +15,7 @@ from ftcore_exporters._ollama.go import go_template
 from ftcore_exporters._ollama.known import KNOWN, digest
 from ftcore_exporters._ollama.modelfile import modelfile, unwritable
 from ftcore_exporters._ollama.parameters import context, sampling, stops
+from ftcore_exporters._recorded import origin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,8 +123,7 @@ def _remarks(found: Fit, adds: bool) -> list[str]:
 
 def _license(plan: Plan) -> str | None:
     """Text of the checkpoint's LICENSE file, where it has one and a Modelfile can hold it."""
-    assert plan.run.model is not None
-    source = sources.find(plan.run.model, plan.family)
+    source = sources.find(origin(plan), plan.family)
     file = Path(source.name) / "LICENSE"
     if source.kind != "path" or not file.is_file():
         return None

@@ -61,7 +61,8 @@ def modelfile(
     if system is not None:
         lines.append(f"SYSTEM {quoted(system)}")
     for name, value in parameters:
-        lines.append(f"PARAMETER {name} {quoted(value) if isinstance(value, str) else f'{value:g}'}")
+        number = f"{value:g}" if isinstance(value, float) else str(value)
+        lines.append(f"PARAMETER {name} {quoted(value) if isinstance(value, str) else number}")
     if license is not None:
         lines.append(f"LICENSE {quoted(license)}")
     return "\n".join(lines) + "\n"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ftcore import Plan
 from ftcore_exporters._ollama.layouts import Layout
 from ftcore_exporters._ollama.modelfile import unwritable
+from ftcore_exporters._recorded import recorded
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -42,8 +43,10 @@ def context(plan: Plan, config: PretrainedConfig, wanted: int | None) -> int:
     from ftcore_exporters.gguf.hyperparameters import context_length
 
     assert plan.family.gguf is not None
-    trained = getattr(plan.run.trainer, "max_length", None) or 0
-    return min(wanted or max(USUAL, trained), context_length(config.get_text_config(), plan.family.gguf))
+    trainer = plan.run.trainer
+    known = (recorded(plan).get("trainer") or {}) if plan.run.run else {}  # a later export has no trainer
+    trained = known.get("max_length") if trainer is None else trainer.max_length
+    return min(wanted or max(USUAL, trained or 0), context_length(config.get_text_config(), plan.family.gguf))
 
 
 def stops(

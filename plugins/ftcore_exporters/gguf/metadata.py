@@ -11,6 +11,7 @@ import gguf
 
 from ftcore import Plan
 from ftcore import checkpoint as sources
+from ftcore_exporters._recorded import origin
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -53,12 +54,12 @@ def names_of(plan: Plan, finetune: str | None, parameters: int) -> Names:
     :param finetune: What this fine-tune is called; None takes the run folder's name.
     :param parameters: Of the model, to tell sizes from other numbers in its name.
     """
-    assert plan.run.model is not None
-    source = sources.find(plan.run.model, plan.family)
+    model = origin(plan)
+    source = sources.find(model, plan.family)
     if source.kind == "path":
         published = Path(source.name).resolve().name
     else:
-        published = f"{plan.run.model.name}-{source.name}" if source.kind == "random" else plan.run.model.id
+        published = f"{model.name}-{source.name}" if source.kind == "random" else model.id
     name, owner, basename, *_ = gguf.Metadata.get_model_id_components(published, parameters)
     if source.kind not in ("hub", "package"):
         owner = None
@@ -106,8 +107,7 @@ def _license(plan: Plan) -> str | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.repocard import metadata_load
 
-    model = plan.run.model
-    assert model is not None
+    model = origin(plan)
     source = sources.find(model, plan.family)
     card: Any = Path(source.name) / "README.md" if source.kind == "path" else None
     if source.kind == "hub":
