@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -24,3 +25,23 @@ def test_a_fallback_in_training_is_said_once(capsys) -> None:
         model.eval()(input_ids=ids)
     said = [line for line in capsys.readouterr().out.splitlines() if "transformers' own" in line]
     assert said == ["decoder layers run as transformers' own in training: LoRA has dropout"]
+
+
+@pytest.mark.parametrize(
+    "place", ["self_attn", "mlp", "self_attn.q_proj", "self_attn.q_proj.base_layer", "input_layernorm"]
+)
+def test_hooks_inside_a_layer_are_called(place: str, capsys) -> None:
+    """As somebody who probes or steers wants it; transformers' own forward calls the modules, the kernel does not."""
+    uncovered.say.cache_clear()
+    model, _ = ftcore.load(["+model=llama", "model.tiny=true"])
+    ids, calls = torch.arange(12).view(1, 12).to(model.device), list[str]()
+    layer = model.get_base_model().model.layers[1]
+    plain = model.train()(input_ids=ids, labels=ids).loss
+    handle = layer.get_submodule(place).register_forward_hook(lambda *_: calls.append(place))
+    hooked = model(input_ids=ids, labels=ids).loss
+    assert calls == [place]
+    assert torch.allclose(plain, hooked, rtol=1e-5)
+    assert "a module inside a layer has hooks" in capsys.readouterr().out
+    handle.remove()
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, plain)
+    assert calls == [place]

@@ -174,3 +174,21 @@ def test_grouped_gemm_is_the_loop(shape, monkeypatch) -> None:
         found.append([out.detach(), *torch.autograd.grad(out, inputs, dout)])
     for one, other in zip(*found, strict=True):
         assert maths.apart(one, other) <= 4e-3
+
+
+def test_the_activation_is_the_kernel_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers has a class of its own for SiLU."""
+    from ftcore_kernels.reference import swiglu as twin
+
+    calls: list[torch.Size] = []
+
+    def counted(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        calls.append(gate.shape)
+        return own(gate, up)
+
+    own = twin.swiglu
+    monkeypatch.setattr(twin, "swiglu", counted)
+    for family in FAMILIES:
+        calls.clear()
+        patched(build(family, lora=False), family)(input_ids=torch.arange(3, 9, device=DEVICE)[None])
+        assert calls, family

@@ -42,7 +42,8 @@ def forward(
     graphs, key, kind, tables = None, (), (getattr(module.self_attn, "layer_type", None),), ()
     cached = cache_in(kwargs) is not None
     plain = not cached and position_embeddings is not None and not kwargs.get("output_attentions")
-    if plain and module.training and torch.is_grad_enabled():
+    hooked = any(map(_has_foreign_hooks, structure.inner(module)))
+    if plain and module.training and torch.is_grad_enabled() and not hooked:
         graphs = recompute.recording(hidden_states)
     if graphs is not None and (read := reading(attention_mask)).complete:
         documents = read.documents
@@ -54,6 +55,8 @@ def forward(
     try:
         if cached or position_embeddings is None or kwargs.get("output_attentions"):
             raise Uncovered("a cache, no tables of angles, or attention weights asked for")
+        if hooked:
+            raise Uncovered("a module inside a layer has hooks")
         if torch.is_autocast_enabled(hidden_states.device.type) and hidden_states.dtype == torch.float32:
             raise Uncovered("autocast would round 32-bit hidden states")
         layer = structure.read(module, hidden_states, position_embeddings, attention_mask, kwargs)
@@ -77,6 +80,12 @@ def forward(
 def _foreign(hooks: dict[int, Any]) -> bool:
     """Whether there are hooks that may write to what passes by, unseen by autograd: transformers' own only collect."""
     return any(getattr(hook, "__module__", "").partition(".")[0] != "transformers" for hook in hooks.values())
+
+
+def _has_foreign_hooks(module: Any) -> bool:
+    """Whether somebody wants to be called where the layer passes the module by."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(map(_foreign, filter(None, own)))
 
 
 def _own(module: Any, hidden_states: torch.Tensor, keep: Keep, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -119,6 +121,14 @@ class Structure:
             [mlp.gate_proj, mlp.up_proj],
             [mlp.down_proj],
         ]
+
+    def inner(self, module: Any) -> Iterator[nn.Module]:
+        """The modules whose work is done without calling them."""
+        yield from (module.self_attn, module.mlp, module.input_layernorm, module.post_attention_layernorm)
+        for linear in chain(*self.groups(module)):
+            yield linear
+            if "base_layer" in linear._modules:
+                yield linear._modules["base_layer"]  # type: ignore[misc]
 
     def norm(self, module: Any) -> Norm:
         """A norm and the family's conventions."""

@@ -13,6 +13,9 @@ from ftcore_kernels.layers.experts.products import grouped
 from ftcore_kernels.layers.experts.weights import Factors, read
 from ftcore_kernels.layers.uncovered import Uncovered, say
 
+SILU = ("SiLU", "SiLUActivation")
+"""PyTorch's class, and transformers' own."""
+
 Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -29,7 +32,8 @@ def forward(
             say("experts", str(reason))
         out: torch.Tensor = type(module).forward(module, hidden_states, top_k_index, top_k_weights)
         return out
-    activation: Activation = swiglu if type(base.act_fn) is nn.SiLU else lambda gate, up: base.act_fn(gate) * up
+    silu = type(base.act_fn).__name__ in SILU
+    activation: Activation = swiglu if silu else lambda gate, up: base.act_fn(gate) * up
     rows = hidden_states.to(base.gate_up_proj.dtype)
     return mixture(rows, top_k_index, top_k_weights, base, factors, activation).to(hidden_states.dtype)
 

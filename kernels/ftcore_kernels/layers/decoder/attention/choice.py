@@ -48,7 +48,8 @@ def choose(
         said, documents = reading(mask)
         if said and (mask is None or mask.window == window):
             if softcap is not None:  # no branches then: see `takes_branches`
-                return Capped(module.scaling, softcap, window, documents)
+                there = documents if documents is None else documents.on(hidden.device)
+                return Capped(module.scaling, softcap, window, there)
             kernel = fused(hidden, module.head_dim, module.scaling, window, documents)
             if kernel is not None:
                 return kernel
