@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from ftcore import checkpoint
 from ftcore.testing import maths, runs
+from ftcore_adapters.lora import Config, _differences
 
 FORMS = {
     "rslora": ({"use_rslora": True}, "adapter.variant=rslora"),
@@ -84,3 +87,22 @@ def test_a_scale_that_is_not_above_0_is_refused(alpha: str) -> None:
         f"adapter.alpha: is {alpha}",
         "    fix: give a number above 0; twice the rank is usual",
     ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "key"),
+    [
+        ({"dropout": 0.1}, "dropout"),
+        ({"targets": ["q_proj"]}, "targets"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"targets": ["v_proj", "q_proj"]}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_saved_adapter_would_not_heed_is_refused(asked: dict[str, Any], key: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"r": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}))
+    found = list(_differences(Config(**asked), file, recorded=False))
+    assert [problem.key for problem in found] == ([] if key is None else [f"adapter.{key}"])
+    file.write_text(json.dumps({"r": 8, "lora_dropout": 0.0, "target_modules": ".*q_proj"}))
+    assert not [problem for problem in _differences(Config(**asked), file, recorded=False) if "targets" in problem.key]

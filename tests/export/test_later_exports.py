@@ -1,0 +1,70 @@
+"""An export of a finished run is as one at its end."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ftcore.api import run as train
+from ftcore.api import validated
+from ftcore.checkpoint import config_of
+from ftcore.cli import run as command
+from ftcore.tasks._trained import trained_config
+from ftcore.testing import runs
+from ftcore_exporters._card import base_id
+from ftcore_exporters._ollama.modelfile import modelfile
+from ftcore_exporters._ollama.parameters import context
+from ftcore_exporters._recorded import origin
+
+TINY = ["+model=llama", "model.tiny=true", "model.dtype=float32", "prompts=[]"]
+
+
+def test_a_full_fine_tune_is_not_stretched_again(tmp_path: Path) -> None:
+    """What was saved has its longer context and its new tokens already."""
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "config.json").write_text("{}")
+    config = validated([*TINY, "model.max_length=2048", "model.rope_scaling={rope_type: yarn, factor: 4.0}",
+                        'model.new_tokens=["<x>"]', "adapter=full"])  # fmt: skip
+    model = trained_config(replace(config, run=str(tmp_path))).model
+    assert model is not None
+    assert (model.path, model.max_length, model.rope_scaling, model.new_tokens) == (
+        str(tmp_path / "trained"), None, {}, [],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def later(tmp_path: Path) -> Path:
+    recorded = {"model": {"id": "meta-llama/Llama-3.2-1B", "path": None, "revision": "abc", "tiny": False},
+                "trainer": {"max_length": 16384}}  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recorded))
+    return tmp_path
+
+
+def test_its_context_and_its_base_are_those_of_the_run(later: Path) -> None:
+    _, plan = runs.prepared(TINY)
+    assert plan.run.model is not None
+    config = copy.deepcopy(config_of(plan.run.model, plan.family))
+    config.max_position_embeddings = 2**20
+    assert context(plan, config, None) == 4096
+    model = replace(plan.run.model, path=str(later / "trained"), tiny=False)
+    plan = replace(plan, run=replace(plan.run, run=str(later), trainer=None, model=model))
+    assert context(plan, config, None) == 16384
+    assert (origin(plan).id, origin(plan).revision, origin(plan).path) == ("meta-llama/Llama-3.2-1B", "abc", None)
+    assert base_id(plan) == "meta-llama/Llama-3.2-1B"
+    assert base_id(replace(plan, run=replace(plan.run, run=None))) is None
+
+
+def test_large_numbers_are_whole_in_a_modelfile() -> None:
+    text = modelfile("x.gguf", parameters=[("num_ctx", 1_048_576), ("temperature", 0.7)])
+    assert "PARAMETER num_ctx 1048576\n" in text
+    assert "PARAMETER temperature 0.7\n" in text
+
+
+def test_a_head_that_an_export_does_not_take_is_refused_later_too(in_tmp: Path, capsys) -> None:
+    train([*TINY, "+trainer=reward", "trainer.max_steps=1", "output_dir=run"])
+    assert command(["export", "run=run", "+export=[int4]"]) == 2
+    assert "int4" in capsys.readouterr().err
