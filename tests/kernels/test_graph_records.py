@@ -212,3 +212,36 @@ def test_a_changed_scale_is_not_the_recorded_one(models: tuple[Any, Any]) -> Non
         losses.append((before, model(input_ids=batch(1), labels=batch(1)).loss.detach()))
     assert torch.equal(losses[0][1], losses[1][1])
     assert not torch.equal(*losses[1])
+
+
+def another_adapter(model: Any) -> None:
+    """Of the same name."""
+    config = model.peft_config["default"]
+    model.delete_adapter("default")
+    model.add_adapter("default", config)
+    model.set_adapter("default")
+    generator = torch.Generator().manual_seed(11)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def a_trained_norm(model: Any) -> None:
+    model.get_base_model().model.layers[0].input_layernorm.weight.requires_grad_(True)
+
+
+def other_weights(model: Any) -> None:
+    linear = model.get_base_model().model.layers[1].mlp.up_proj.base_layer
+    linear.weight = torch.nn.Parameter(linear.weight.detach() * 1.5, requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [another_adapter, a_trained_norm, other_weights])
+def test_a_layer_that_changed_is_not_the_recorded_one(change: Any, models: tuple[Any, Any]) -> None:
+    found = []
+    for model in models:
+        train(model, [(2, 16)] * 4, 1)
+        change(model)
+        found.append(train(model, [(2, 16)] * 4, 1))
+    assert records(models[1]) != {0}
+    assert len(found[0]) == len(found[1])
+    assert all(map(torch.equal, *found))

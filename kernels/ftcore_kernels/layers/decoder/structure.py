@@ -95,20 +95,31 @@ class Structure:
         )
 
     def state(self, module: Any) -> tuple[Any, ...]:
-        """What can change about a layer without its parameters: which adapters are on, and where the weights are."""
-        linears = [linear for group in self.groups(module) for linear in group]
+        """What can change about a layer: which adapters are on, which weights there are and where, and what is trained.
+
+        Asked in every step of recorded layers: it looks into modules' own tables, which takes a few microseconds.
+        """
+        linears = [vars(linear) for group in self.groups(module) for linear in group]
         adapters = [
             (
                 layer["_disable_adapters"],
                 tuple(layer["merged_adapters"]),
                 tuple(layer["_active_adapter"]),
                 tuple(layer["scaling"].items()),
+                tuple(map(id, layer["_modules"]["lora_A"]._modules.values())),
             )
-            for layer in map(vars, linears)
+            for layer in linears
             if "merged_adapters" in layer
         ]
-        first = getattr(linears[0], "base_layer", linears[0])
-        return (len(linears), *adapters, first.weight.data_ptr(), torch.are_deterministic_algorithms_enabled())
+        bases = [layer["_modules"].get("base_layer") for layer in linears]
+        tables = [
+            layer["_parameters"] if base is None else base._parameters
+            for layer, base in zip(linears, bases, strict=True)
+        ]
+        norms = (module.input_layernorm, module.post_attention_layernorm)
+        weights = [table["weight"] for table in (*tables, *(norm._parameters for norm in norms))]
+        known = tuple((weight.data_ptr(), weight.requires_grad) for weight in weights)
+        return (len(linears), *adapters, known, torch.are_deterministic_algorithms_enabled())
 
     def groups(self, module: Any) -> list[list[nn.Module]]:
         """The linear modules of the four products."""
