@@ -81,8 +81,8 @@ def fingerprints(plan: Plan) -> dict[str, str]:
     data, model = plan.run.data, plan.run.model
     if data is not None:
         for key, path in (("data.path", data.path), ("data.eval_path", data.eval_path)):
-            if path and (files := _local(path, key)):
-                found[key] = _hash(files)
+            if path and (known := of_rows(path, key)):
+                found[key] = known
         if data.template:
             found["data.template"] = hashlib.sha256(templates.read(data.template).encode()).hexdigest()[:16]
     if model is not None and (source := checkpoint.find(model, plan.family)).kind in ("path", "package"):
@@ -95,6 +95,12 @@ def fingerprints(plan: Plan) -> dict[str, str]:
         if folder and (own := [folder / name for name in names if (folder / name).is_file()]):
             found["model.tokenizer"] = _hash(own)
     return found
+
+
+def of_rows(path: Any, key: str) -> str | None:
+    """The hash of data files on this machine; None of data from elsewhere."""
+    files = _local(path, key)
+    return _hash(files) if files else None
 
 
 def _local(path: Any, key: str) -> list[Path]:

@@ -8,9 +8,11 @@ from typing import Any
 
 from ftcore import hooks as h
 from ftcore.config import PluginConfig, RunConfig
+from ftcore.drift import of_rows
 from ftcore.errors import Exit, Problem, Refused, refuse
 from ftcore.manager import Hooks
 from ftcore.record import TRAINED
+from ftcore.run_state import read_run
 from ftcore.specs import Plan
 from ftcore.tasks._config import config_of
 
@@ -29,7 +31,18 @@ def check_start(now: RunConfig, argv: list[str]) -> None:
         if key:
             message = "would hold out rows that the run was trained on"
             problems.append(Problem(key, message, "leave it out, or name rows of their own: data.eval_path=held.jsonl"))
+        elif data.path == then.data.path and _other_rows(now):
+            message = "is not what it was when the run was trained: rows that it was trained on would be held out"
+            problems.append(Problem("data.path", message, "name rows of their own: data.eval_path=held.jsonl"))
     refuse(problems)
+
+
+def _other_rows(config: RunConfig) -> bool:
+    """Whether the data files that the run read are others by now."""
+    assert config.data is not None and config.run is not None
+    known = ((read_run(Path(config.run)) or {}).get("inputs") or {}).get("data.path")
+    now = of_rows(config.data.path, "data.path")
+    return known is not None and now is not None and now != known
 
 
 def _changed(kind: str, then: PluginConfig | None, now: PluginConfig | None) -> list[Problem]:

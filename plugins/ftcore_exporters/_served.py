@@ -10,6 +10,7 @@ from typing import Any
 from ftcore import Artifact, Checkpoint, Plan, Problem, Refused
 from ftcore.config import ReadBackConfig
 from ftcore.paths import whole_folder
+from ftcore.rope import scaling
 from ftcore_exporters import _adapter_folder, _adapter_lint, _serving
 from ftcore_exporters._merging import not_writing, unmergeable
 
@@ -68,6 +69,9 @@ def problems(plan: Plan, server: Server, config: ServedConfig) -> list[Problem]:
             Problem(f"{key}.form", f"{server.title} does not take this adapter: {fault}", f"use {key}.form=merged")
             for fault in (*_adapter_lint.config_faults(planned), *server.planned_faults(planned, names))
         ]
+        if plan.run.model and scaling(plan.run.model, plan.family):
+            message = f"{server.title} would serve the base with its own RoPE, and the adapter was trained over another"
+            found.append(Problem(f"{key}.form", message, f"use {key}.form=merged"))
     return found
 
 

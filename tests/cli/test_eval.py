@@ -221,6 +221,17 @@ def test_another_loss_has_no_perplexity(in_tmp: Path) -> None:
     assert "eval_perplexity" not in metrics
 
 
+def test_rows_of_a_file_that_is_another_by_now_are_not_held_out(trained: Runs, in_tmp: Path, capsys) -> None:
+    """Another number of rows is split otherwise: most of them would be rows that were trained on."""
+    trained("demo", "data.path=rows.jsonl", "data.eval_size=4")
+    evaluate("run=demo")
+    write_rows(in_tmp / "rows.jsonl", ROWS)
+    capsys.readouterr()
+    assert cli.run(["eval", "run=demo"]) == 2
+    assert "data.path: is not what it was when the run was trained" in capsys.readouterr().err
+    evaluate("run=demo", "data.eval_path=held.jsonl")
+
+
 NO_ROWS = "    fix: name a file of them: data.eval_path=held.jsonl\n"
 ALONE = (*TINY, "+trainer=sft")
 WRONG = {

@@ -68,3 +68,20 @@ def test_a_head_that_an_export_does_not_take_is_refused_later_too(in_tmp: Path, 
     train([*TINY, "+trainer=reward", "trainer.max_steps=1", "output_dir=run"])
     assert command(["export", "run=run", "+export=[int4]"]) == 2
     assert "int4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "+export=[vllm] export.vllm.form=adapter",
+        "+export=[sglang] export.sglang.form=adapter",
+        "+export=[gguf] export.gguf.lora=true",
+    ],
+)
+def test_an_adapter_alone_over_another_rope_is_refused(words: str, in_tmp: Path, capsys) -> None:
+    """Who serves it would serve the base with its own."""
+    stretched = ["model.max_length=131072"]
+    assert command(["plan", *TINY, "+trainer=sft", *stretched, *words.split()]) == 2
+    assert "RoPE" in capsys.readouterr().err
+    command(["plan", *TINY, "+trainer=sft", *words.split()])
+    assert "RoPE" not in capsys.readouterr().err

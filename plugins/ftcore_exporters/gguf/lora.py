@@ -15,6 +15,7 @@ from ftcore import Checkpoint, Plan, Problem, Refused
 from ftcore.merge import ties
 from ftcore.paths import whole_file
 from ftcore.published_names import published
+from ftcore.rope import scaling
 from ftcore.stored_merge import PREFIX, STARTS, scale
 from ftcore.weights import Weight
 from ftcore_exporters.gguf.tensors import Tensor, changes_of, gguf_name, name_map
@@ -56,6 +57,7 @@ def lora_problems(plan: Plan) -> list[Problem]:
         "DoRA also scales the weights, which llama.cpp's adapters do not": adapter.variant.value == "dora",
         f"{', '.join(adapter.modules_to_save)} is trained whole": bool(adapter.modules_to_save),
         "the rows of new tokens are trained whole": bool(plan.run.model.new_tokens),
+        "it was trained over another RoPE than the base's": bool(scaling(plan.run.model, plan.family)),
         f"adapter.init={adapter.init.value} changes the base's weights": adapter.init.value
         not in ("default", "gaussian"),
     }
