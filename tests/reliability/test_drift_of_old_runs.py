@@ -12,6 +12,7 @@ import yaml
 from ftcore import drift
 from ftcore.catalog import installed
 from ftcore.config import BadRows, DataConfig, Optimizer, RunConfig, TrainerConfig
+from ftcore.memory import STATE_READ
 from ftcore.training_checkpoint import tree
 from ftcore.training_checkpoint.trainer import SafeCheckpoints
 
@@ -80,12 +81,14 @@ def test_a_checkpoint_does_not_say_how_the_optimizer_steps(tmp_path: Path) -> No
         return torch.optim.AdamW([weight], lr=0.1 if fused else 0.2, fused=fused or None)
 
     old, trainer = made(False), SafeCheckpoints()
+    trainer.model = torch.nn.Linear(1, 1)
     old.step()
     tree.write(tmp_path, "optimizer", old.state_dict())
     trainer.optimizer = made(True)
     trainer.lr_scheduler = torch.optim.lr_scheduler.ConstantLR(trainer.optimizer)
     tree.write(tmp_path, "scheduler", trainer.lr_scheduler.state_dict())
     trainer._load_optimizer_and_scheduler(str(tmp_path))
+    assert vars(trainer.model)[STATE_READ], "what is planned afterwards does not wait for it"
     (group,) = trainer.optimizer.param_groups
     assert group["fused"] is True
     assert group["lr"] == 0.2, "all else is the checkpoint's"
