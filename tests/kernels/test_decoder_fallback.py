@@ -28,12 +28,18 @@ def test_a_fallback_in_training_is_said_once(capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["self_attn", "mlp", "self_attn.q_proj", "self_attn.q_proj.base_layer", "input_layernorm"]
+    ("family", "place"),
+    [
+        *(("llama", place) for place in ("self_attn", "mlp", "self_attn.q_proj", "self_attn.q_proj.base_layer")),
+        ("llama", "input_layernorm"),
+        ("qwen3", "self_attn.k_norm"),
+        ("gemma2", "pre_feedforward_layernorm"),
+    ],
 )
-def test_hooks_inside_a_layer_are_called(place: str, capsys) -> None:
+def test_hooks_inside_a_layer_are_called(family: str, place: str, capsys) -> None:
     """As somebody who probes or steers wants it; transformers' own forward calls the modules, the kernel does not."""
     uncovered.say.cache_clear()
-    model, _ = ftcore.load(["+model=llama", "model.tiny=true"])
+    model, _ = ftcore.load([f"+model={family}", "model.tiny=true"])
     ids, calls = torch.arange(12).view(1, 12).to(model.device), list[str]()
     layer = model.get_base_model().model.layers[1]
     plain = model.train()(input_ids=ids, labels=ids).loss

@@ -230,12 +230,16 @@ def a_trained_norm(model: Any) -> None:
     model.get_base_model().model.layers[0].input_layernorm.weight.requires_grad_(True)
 
 
+def a_trained_norm_of_heads(model: Any) -> None:
+    model.get_base_model().model.layers[0].self_attn.k_norm.weight.requires_grad_(True)
+
+
 def other_weights(model: Any) -> None:
     linear = model.get_base_model().model.layers[1].mlp.up_proj.base_layer
     linear.weight = torch.nn.Parameter(linear.weight.detach() * 1.5, requires_grad=False)
 
 
-@pytest.mark.parametrize("change", [another_adapter, a_trained_norm, other_weights])
+@pytest.mark.parametrize("change", [another_adapter, a_trained_norm, a_trained_norm_of_heads, other_weights])
 def test_a_layer_that_changed_is_not_the_recorded_one(change: Any, models: tuple[Any, Any]) -> None:
     found = []
     for model in models:

@@ -41,3 +41,14 @@ def test_early_stopping_goes_by_what_is_learnt(trainer: str, metric: str) -> Non
     words = ["trainer.early_stopping=2", "trainer.eval_steps=1", "data.eval_size=0.5"]
     _, plan = runs.prepared([*TINY, f"+trainer={trainer}", *words])
     assert shared(plan, has_eval=True)["metric_for_best_model"] == metric
+
+
+@pytest.mark.parametrize("trainer", ["grpo", "rloo", "ppo"])
+def test_a_reward_that_does_not_rise_ends_the_run(trainer: str, in_tmp: Path) -> None:
+    """Evaluations have it under that name: else transformers would go on to the end, with a warning."""
+    Path("r.py").write_text("def same(completions, **columns):\n    return [0.5] * len(completions)\n")
+    words = ["trainer.early_stopping=2", "trainer.eval_steps=1", "data.eval_size=2", "trainer.max_steps=8"]
+    small = ["trainer.global_batch=4", "trainer.max_completion_length=4", "rewards=[r.py:same]"]
+    group = ["trainer.num_generations=2"] if trainer != "ppo" else []
+    run([*TINY, f"+trainer={trainer}", *words, *small, *group])
+    assert json.loads(Path("run/run.json").read_text())["steps"] == 3

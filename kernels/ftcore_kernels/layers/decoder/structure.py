@@ -116,8 +116,8 @@ class Structure:
             layer["_parameters"] if base is None else base._parameters
             for layer, base in zip(linears, bases, strict=True)
         ]
-        norms = (module.input_layernorm, module.post_attention_layernorm)
-        weights = [table["weight"] for table in (*tables, *(norm._parameters for norm in norms))]
+        tables += [norm._parameters for norm in self.norms(module)]
+        weights = [table["weight"] for table in tables]
         known = tuple((weight.data_ptr(), weight.requires_grad) for weight in weights)
         return (len(linears), *adapters, known, torch.are_deterministic_algorithms_enabled())
 
@@ -135,11 +135,20 @@ class Structure:
 
     def inner(self, module: Any) -> Iterator[nn.Module]:
         """The modules whose work is done without calling them."""
-        yield from (module.self_attn, module.mlp, module.input_layernorm, module.post_attention_layernorm)
+        yield from (module.self_attn, module.mlp, *self.norms(module))
         for linear in chain(*self.groups(module)):
             yield linear
             if "base_layer" in linear._modules:
                 yield linear._modules["base_layer"]  # type: ignore[misc]
+
+    def norms(self, module: Any) -> list[nn.Module]:
+        """All of the layer's, those of heads among them."""
+        found = [module.input_layernorm, module.post_attention_layernorm]
+        if "sandwich_norm" in self.traits:
+            found += [module.pre_feedforward_layernorm, module.post_feedforward_layernorm]
+        if "qk_norm" in self.traits:
+            found += [module.self_attn.q_norm, module.self_attn.k_norm]
+        return found
 
     def norm(self, module: Any) -> Norm:
         """A norm and the family's conventions."""
