@@ -279,7 +279,33 @@ def ftcore_patch_model(plan, model, phase):
         GENERATOR.replace(
             "BODY", "return ftcore.Completions(ids=[r[:3] for r in super().generate(prompt_ids, sampling).ids])"
         ),
-        {"test_completions_end_by_the_rules"},
+        {"test_completions_end_by_the_rules", "test_a_stream_is_the_completion_in_pieces"},
+    ),
+    "generator_stutters": Mistake(
+        "generator",
+        GENERATOR.replace(
+            "BODY",
+            "return super().generate(prompt_ids, sampling)\n\n"
+            "    def stream(self, prompt_ids, sampling, show):\n"
+            "        return super().stream(prompt_ids, sampling, lambda new: show(new * 2))",
+        ),
+        {"test_a_stream_is_the_completion_in_pieces"},
+    ),
+    "generator_does_not_listen": Mistake(
+        "generator",
+        GENERATOR.replace(
+            "BODY",
+            "return super().generate(prompt_ids, sampling)\n\n"
+            "    def conversation(self):\n"
+            "        return Talk(self)\n\n"
+            "class Talk:\n"
+            "    def __init__(self, generator):\n"
+            "        self.generator, self.first = generator, None\n\n"
+            "    def stream(self, prompt_ids, sampling, show):\n"
+            "        self.first = self.first or prompt_ids\n"
+            "        return self.generator.stream(self.first, sampling, show)",
+        ),
+        {"test_a_conversation_streams_the_same"},
     ),
     "generator_mixes_batches_up": Mistake(
         "generator",
