@@ -45,6 +45,26 @@ def render(
     return _render(tokenizer, messages, tools, add_generation_prompt=generate)[0]
 
 
+def render_whole(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    answers_from: int,
+    generate: bool = False,
+    tools: Any = None,
+) -> str:
+    """As `render`, of a template that says all that counts.
+
+    Raises Refused as well where it leaves out what the assistant is told, or a part of an answer from the message with
+    the number `answers_from` (the first is 0) on.
+    """
+    text = render(tokenizer, messages, generate=generate, tools=tools)
+    _nothing_lost(tokenizer, messages, tools, text)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant" and index >= answers_from:
+            _answer_is_whole(message, index, text)
+    return text
+
+
 def marked_texts(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[str]:
     """What stands between the template's own `generation` marks, in their order. Raises Refused as `render` does."""
     text, marks = _render(tokenizer, messages, None)
@@ -129,10 +149,7 @@ def _answers(messages: Sequence[Message]) -> int:
 def _turn(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], index: int, tools: Any) -> _Turn:
     before = render(tokenizer, messages[:index], generate=True, tools=tools)
     upto = render(tokenizer, messages[: index + 1], tools=tools)
-    for what in _left_out(messages[index], upto):
-        fix = "use a checkpoint or a data.template that renders them, or take these rows out"
-        message = f"the chat template leaves out the {what} of turn {index + 1}"
-        raise Refused(Problem("data", message, fix, Exit.DATA))
+    _answer_is_whole(messages[index], index, upto)
     return _Turn(index + 1, before, upto)
 
 
@@ -189,6 +206,13 @@ def _nothing_lost(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     if tools and render(tokenizer, messages) == text:
         fix = "use a checkpoint or a data.template that renders tools, or take the tools out"
         raise Refused(Problem("data", "the chat template leaves out the tools", fix, Exit.DATA))
+
+
+def _answer_is_whole(message: Message, index: int, text: str) -> None:
+    for what in _left_out(message, text):
+        fix = "use a checkpoint or a data.template that renders them, or take these rows out"
+        problem = f"the chat template leaves out the {what} of turn {index + 1}"
+        raise Refused(Problem("data", problem, fix, Exit.DATA))
 
 
 def _left_out(message: Message, upto: str) -> Iterator[str]:

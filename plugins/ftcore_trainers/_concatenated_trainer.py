@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from trl.data_utils import is_conversational
 from trl.trainer.utils import add_fused_lm_head
 
 from ftcore_trainers._fused_head import base_of, take_over
@@ -33,6 +34,9 @@ class ConcatenatedTrainer(PreferenceTrainer):
     _micro_batches = 1
 
     def __init__(self, **kwargs: Any) -> None:
+        tokenizer = kwargs["processing_class"]
+        began = is_conversational(next(iter(kwargs["train_dataset"]))) or not _begins(tokenizer)
+        self._of_rows = _Unbegun(tokenizer) if began else tokenizer
         super().__init__(**kwargs)
         if self.args.n_gpu > 1:  # its replicas would all call the forward of the first one
             raise ValueError("one process sees several GPUs: start it with `accelerate launch`, or show it one of them")
@@ -43,6 +47,15 @@ class ConcatenatedTrainer(PreferenceTrainer):
         self.train_dataset = self._with_answers("train", self.train_dataset)
         if self.eval_dataset is not None:
             self.eval_dataset = self._with_answers("eval", self.eval_dataset)
+
+    def tokenize_row(self, feature: dict[str, str], model: Any = None) -> dict[str, list[int]]:
+        """TRL's, which puts a begin token before every row; a chat template, and the tokenizer, may have none."""
+        tokenizer, self.processing_class = self.processing_class, self._of_rows
+        try:
+            made: dict[str, list[int]] = super().tokenize_row(feature, model)  # type: ignore[misc]
+        finally:
+            self.processing_class = tokenizer
+        return made
 
     def _with_answers(self, name: str, rows: Any) -> Any:
         """TRL keeps rows whose prompt fills them, and divides by the number of their answer's tokens."""
@@ -106,6 +119,24 @@ class ConcatenatedTrainer(PreferenceTrainer):
             return -logps.sum() / (labels[:, 1:] != IGNORED).sum()
         # The trainer divides by the number of micro-batches, and weights a part of one by its share of the rows.
         return -logps.sum() * (self._micro_batches / self._tokens_of_step / self._share)
+
+
+class _Unbegun:
+    """A tokenizer that has no begin token."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self.eos_token_id = tokenizer, tokenizer.eos_token_id
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        return self._tokenizer(text, **options)
+
+
+def _begins(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself puts its begin token before a text."""
+    begin = tokenizer.bos_token_id
+    return begin is not None and tokenizer("a")["input_ids"][:1] == [begin]
 
 
 def _has_answers(row: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ftcore import Passes, Plan, Problem, Shape, TrainerConfig, TrainerSpec, hookimpl
 from ftcore_trainers._arguments import OWNED
 from ftcore_trainers._preference import ReferenceModel, in_range, reference_problems, unknown_loss
+from ftcore_trainers._prompts import ftcore_format_dataset as ftcore_format_dataset
 from ftcore_trainers._rollout_keys import OWNED_BY_ROLLOUTS, group_problems, in_groups, problems
 
 if TYPE_CHECKING:

@@ -34,9 +34,9 @@ class Held:
         return {"eval_loss": 0.0}
 
 
-def held(folder: Path, trainer: str, *words: str, model: str = "qwen3") -> Held:
+def held(folder: Path, trainer: str, *words: str, model: str = "qwen3", found: Held | None = None) -> Held:
     """The trainer of a run on the shipped rows."""
-    found = Held()
+    found = found or Held()
     kernels = () if any(word.startswith("kernels=") for word in words) else ("kernels=[reference]",)
     words = (f"+model={model}", *TINY, *kernels, f"+trainer={trainer}", f"output_dir='{folder}'", *words)
     ftcore.run(list(words), plugins=[found])

@@ -306,6 +306,50 @@ def test_rows_that_the_chat_template_does_not_take_stop_before_weights_are_read(
         ftcore.run(["+model=llama", "model.tiny=true", f"+trainer={name}", *words], plugins=[Unread()])
 
 
+THOUGHTLESS = (
+    "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As DeepSeek R1's template."""
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "orpo", "reward"])
+def test_answers_of_which_the_chat_template_leaves_words_out_are_refused(in_tmp, name) -> None:
+    thought = SHORT | {"chosen": "<think>six and seven</think>13"}
+    (in_tmp / "rows.jsonl").write_text("\n".join(map(json.dumps, [SHORT, thought])), encoding="utf-8")
+    (in_tmp / "thoughtless.jinja").write_text(THOUGHTLESS, encoding="utf-8")
+    words = ("data=preference", "data.path=rows.jsonl", "data.template=thoughtless.jinja")
+    with pytest.raises(ftcore.Refused, match=r"row \d of the train split.*leaves out the words of turn 2"):
+        held(in_tmp / "run", name, *words)
+    (in_tmp / "rows.jsonl").write_text(json.dumps(SHORT), encoding="utf-8")
+    assert held(in_tmp / "plain", name, *words).rows
+
+
+class Begun(Held):
+    """With a tokenizer that has a begin token."""
+
+    @ftcore.hookimpl(wrapper=True)
+    def ftcore_load_tokenizer(self):
+        tokenizer = yield
+        tokenizer.bos_token = tokenizer.pad_token
+        return tokenizer
+
+
+@pytest.mark.parametrize("name", ["orpo", "simpo"])
+@pytest.mark.parametrize("prompt", [{"prompt": "x"}, {}], ids=["conversations", "texts"])
+def test_a_begin_token_is_no_other_than_dpo_s(in_tmp, name, prompt) -> None:
+    row = prompt | {"chosen": "q: x a: yes", "rejected": "q: x a: no"}
+    (in_tmp / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    words = ("data=preference", "data.path=rows.jsonl")
+    ours = held(in_tmp / "ours", name, *words, found=Begun()).trainer.train_dataset[0]
+    dpo = held(in_tmp / "dpo", "dpo", *words, found=Begun()).trainer.train_dataset[0]
+    for side in ("chosen", "rejected"):
+        wanted = dpo["prompt_ids"] + dpo[f"{side}_ids"]
+        found = ours[f"{side}_input_ids"]
+        assert found[: len(wanted)] == wanted
+        assert len(found) - len(wanted) <= 1  # TRL closes these rows by an end token
+
+
 def test_pairs_are_rows_of_kto_as_well(tmp_path) -> None:
     found = held(tmp_path / "run", "kto", "data=preference")
     assert len(found.trainer.train_dataset) == 2 * len(found.rows)

@@ -292,6 +292,39 @@ def test_what_the_plan_refuses(words: str, key: str) -> None:
     assert problems[0].fix
 
 
+@pytest.mark.parametrize("name", ["grpo", "rloo", "ppo", "online_dpo"])
+def test_prompts_that_cannot_be_completed_stop_before_weights_are_read(in_tmp: Path, name: str) -> None:
+    class Unread:
+        @ftcore.hookimpl
+        def ftcore_load_model(self) -> Any:
+            raise AssertionError("the weights were read")
+
+    given = (
+        *runs.TINY,
+        f"+trainer={name}",
+        "data.path=rows.jsonl",
+        "rewards=[mine.py:spread]",
+        "trainer.max_length=512",
+    )
+    Path("mine.py").write_text(SPREAD)
+
+    def refused(row: dict[str, Any], *words: str) -> str:
+        whole = row | {"prompt": row["prompt"][-1:]}
+        Path("rows.jsonl").write_text("\n".join(map(json.dumps, [whole, row])))
+        with pytest.raises(ftcore.Refused) as found:
+            ftcore.run([*given, *words], plugins=[Unread()])
+        (problem,) = found.value.problems
+        assert problem.key == "row 2 of the train split"
+        return f"{problem.message}; {problem.fix}"
+
+    long = refused({"prompt": "x" * 600}, "model.max_length=512", "trainer.max_completion_length=6")
+    assert "more than the model's context of 512" in long
+    assert "model.max_length=" in long
+    Path("deaf.jinja").write_text("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}")
+    told = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}]
+    assert "leaves out words of message 1 (system)" in refused({"prompt": told}, "data.template=deaf.jinja")
+
+
 def test_a_teacher_of_another_vocabulary_is_refused(in_tmp: Path) -> None:
     Path("teacher").mkdir()
     Path("teacher/config.json").write_text('{"model_type": "llama", "vocab_size": 99}')
