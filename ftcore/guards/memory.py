@@ -3,7 +3,8 @@
 After an out-of-memory error the gradients of the step so far are thrown away and all its micro-batches are done again,
 each in parts of half as many rows: nothing is half applied. A loss that is a sum by a number of the whole step is a sum
 of its parts already; one that is a mean over rows is weighted by each part's share of them. The number of rows that fit
-is kept for the rest of the run, and in events.jsonl for the run that goes on from it. Dropout draws other masks for
+is kept for the rest of the run, and in events.jsonl for the run that goes on from it. No pass is counted twice in what
+is logged. Dropout draws other masks for
 parts than it would for the whole; nothing else is other than without the error, but for the rounding of sums.
 """
 
@@ -17,6 +18,7 @@ import torch
 from ftcore.device import give_memory_back
 from ftcore.errors import Exit, FtcoreError
 from ftcore.guards.events import record, recorded, run_folder
+from ftcore.guards.measured import noted, put_back
 from ftcore.guards.non_finite import SkipsNonFinite
 from ftcore.guards.parts import rows_of, sliced, spans
 from ftcore.guards.shortage import is_out_of_memory
@@ -48,6 +50,7 @@ class FitsMemory(SkipsNonFinite):
     _rows_at_once: int | None = None
     _done: list[Any]
     _random: Any = None
+    _measured: dict[str, Any]
 
     # What a trainer says of its losses.
 
@@ -89,6 +92,8 @@ class FitsMemory(SkipsNonFinite):
             inputs = self._prepare_inputs(inputs)
         if self.prepares or not self._done:  # what was drawn for completions is not drawn again
             self._random = random_state()
+        if not self._done:
+            self._measured = noted(self)
         self._done.append(inputs)
         return self._seen(self._within_memory(model, num_items_in_batch))
 
@@ -128,6 +133,8 @@ class FitsMemory(SkipsNonFinite):
         self._drop_gradients()
         give_memory_back()
         set_random_state(self._random)
+        if not self.prepares or len(self._done) == 1:  # else with what was measured of other completions since
+            put_back(self, self._measured)
         self._rows_at_once = (rows + 1) // 2
         step = self.state.global_step + 1
         record(run_folder(self.args), EVENT, step=step, rows=rows, rows_at_once=self._rows_at_once, error=error)

@@ -93,6 +93,23 @@ def test_at_random_passes(in_tmp: Path, seed: int) -> None:
     assert events() == [(4, 2), (2, 1)]
 
 
+@pytest.mark.parametrize(
+    ("name", "measured"),
+    [("sft", ("num_tokens", "entropy")), ("dpo", ("num_tokens", "rewards/margins")), ("orpo", ("nll_loss",))],
+)
+def test_what_is_logged_counts_no_pass_twice(in_tmp: Path, name: str, measured: tuple[str, ...]) -> None:
+    """In a line of the log are two steps, and it is the second pass of the first that fails."""
+    words = [f"+trainer={name}", *SHORT, *SGD, "trainer.micro_batch=4", "trainer.logging_steps=2"]
+    found = []
+    for folder, fault in (("whole", {}), ("parts", {"passes": {2}})):
+        trained(words, folder, **fault)
+        lines = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+        found.append([[e[key] for key in measured] for e in lines if "loss" in e])
+    assert len(found[0]) >= 1
+    for one, other in zip(*found, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+
+
 MATRIX = {
     # Words, and how many rows of a pass still fit: a preference trainer reads both answers of a row in one. Packed rows
     # are one row, so that a pass fails instead.
