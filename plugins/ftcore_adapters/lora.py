@@ -90,6 +90,7 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
         found.append(unsafe)
     elif config.path:
         found += _differences(config, Path(config.path) / "adapter_config.json", recorded=plan.run.run is not None)
+        found += _untrained_rows(plan, Path(config.path) / "adapter_config.json")
     known = plan.family.lora_targets + plan.family.lora_parameters
     if strange := [t for t in config.targets if t not in known]:
         found.append(
@@ -176,11 +177,8 @@ def _differences(config: Config, file: Path, recorded: bool) -> Iterator[Problem
     :param recorded: The settings are those of the run that saved it. How A and B started is theirs, too, but not all of
         it is in what was saved: after LoftQ it is a plain adapter.
     """
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        saved = None
-    if not isinstance(saved, dict):
+    saved = _read(file)
+    if saved is None:
         fix = "the adapter is damaged; give another folder"
         yield Problem("adapter.path", f"{file} is not JSON, or no object", fix, Exit.DATA)
         return
@@ -199,6 +197,32 @@ def _differences(config: Config, file: Path, recorded: bool) -> Iterator[Problem
             message = f"is {asked}, but the adapter saved in {file.parent} has {kept}"
             what = {"r": "rank"}.get(key, key)
             yield Problem(f"adapter.{key}", message, f"a saved adapter keeps its {what}: leave adapter.{key} out")
+
+
+def _untrained_rows(plan: Plan, file: Path) -> Iterator[Problem]:
+    """New tokens that a saved adapter has no rows for: it would be trained on, and they would not."""
+    assert plan.run.model is not None
+    saved, tokens = _read(file), plan.run.model.new_tokens
+    if saved is None or not tokens or plan.run.run is not None:
+        return
+    rows = saved.get("trainable_token_indices") or {}
+    most = max(map(len, rows.values() if isinstance(rows, dict) else [rows]), default=0)
+    whole = {name.rpartition(".")[2] for name in _names(saved.get("modules_to_save")) or ()}
+    if most < len(tokens) and not whole & set(EMBEDDINGS):
+        message = f"the adapter saved in {file.parent} trains {most} rows of tokens, and these are {len(tokens)}"
+        fix = (
+            "train them with a new adapter: on the same base, or on the merged model that +export=[safetensors] writes"
+        )
+        yield Problem("model.new_tokens", message, fix)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A saved adapter's settings; None where they are damaged."""
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return saved if isinstance(saved, dict) else None
 
 
 def _names(saved: Any) -> list[str] | None:

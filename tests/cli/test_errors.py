@@ -313,6 +313,12 @@ CASES = {
         "adapter.alpha: is 7.0",
         "has 64",
     ),
+    "saved-without-tokens": wrong(
+        f"""{SFT} adapter.path=saved 'model.new_tokens=["<a>","<b>"]'""",
+        CONFIG,
+        "model.new_tokens: the adapter saved in saved trains 0 rows of tokens, and these are 2",
+        "a new adapter",
+    ),
     "saved-damaged": wrong(f"{SFT} adapter.path=damaged", DATA, "adapter.path: damaged", "not JSON", "damaged"),
     "stream-without-end": wrong(f"{SFT} data.streaming=true", CONFIG, "data.streaming", "set trainer.max_steps"),
     "part-of-a-stream": wrong(

@@ -110,6 +110,7 @@ def an_adapter_with_tokens_in_another_order(model: Path) -> list[str]:
     folder = adapter(model)
     add_token(folder, "<a>", 259)
     add_token(folder, "<b>", 260)
+    edit(folder / "adapter_config.json", trainable_token_indices={"embed_tokens": [259, 260]})
     edit(model / "config.json", vocab_size=300)
     return ["adapter.path=adapter", 'model.new_tokens=["<b>","<a>"]']
 
