@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from ftcore.errors import Exit, Problem, Refused
 from ftcore.memory import STATE_READ
 from ftcore.training_checkpoint import progress, tree
 from ftcore.training_checkpoint.manifest import sealed
@@ -71,11 +72,28 @@ class SafeCheckpoints:
                 self.state.stateful_callbacks[type(one).__name__] = one.state()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Model and tokenizer; transformers would add its arguments as a pickle, tokens for the hub included."""
-        folder = output_dir or self.args.output_dir
-        self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state_dict)
+        """Model and tokenizer; transformers would add its arguments as a pickle, tokens for the hub included.
+
+        A model without an adapter has the names that it is trained with, not those that families are published with:
+        transformers reads a checkpoint back by them, and goes on from the base where they are others.
+        """
+        folder, model = output_dir or self.args.output_dir, self.accelerator.unwrap_model(self.model)
+        own_names = {} if hasattr(model, "peft_config") else {"save_original_format": False}
+        model.save_pretrained(folder, state_dict=state_dict, **own_names)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """transformers warns of weights that a checkpoint does not have. Raises Refused: they would be the base's."""
+        state = self.model.state_dict()
+        missing = {name for name in load_result.missing_keys if name in state}
+        read = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
+        ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
+        lost = sorted(name for name in missing - ignored if state[name].data_ptr() not in read)
+        if lost:
+            message = f"the checkpoint does not have {len(lost)} of the model's weights, such as {lost[0]}"
+            fix = "begin anew with resume=never; if an older ftcore wrote the checkpoint, it named them otherwise"
+            raise Refused(Problem("resume", message, fix, Exit.DATA))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

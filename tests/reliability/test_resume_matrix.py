@@ -136,6 +136,28 @@ def test_a_run_that_goes_on_is_the_unbroken_run(trainer: str, tmp_path: Path) ->
     assert gone_on(tmp_path, words_of(trainer, tmp_path), 3) == {3: []}
 
 
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen2_vl", "mllama", "deepseek_v3"))]
+)
+def test_weights_that_are_published_under_other_names_are_read_back(family: str, tmp_path: Path) -> None:
+    words = words_of("sft", tmp_path, "adapter=full")
+    assert gone_on(tmp_path, [f"+model={family}", *words[1:]], 1) == {1: []}
+
+
+def test_a_checkpoint_without_some_of_the_weights_is_refused(tmp_path: Path) -> None:
+    class Kept:
+        @hookimpl(wrapper=True)
+        def ftcore_make_trainer(self):
+            self.trainer = yield
+            return self.trainer
+
+    kept, words = Kept(), words_of("sft", tmp_path, "adapter=full", "trainer.max_steps=1")
+    ftcore.run(["+model=qwen3_moe", *words[1:], f"output_dir='{tmp_path / 'run'}'"], plugins=[kept])
+    kept.trainer.model.save_pretrained(tmp_path / "published")
+    with pytest.raises(ftcore.Refused, match=r"does not have 2 of the model's weights, such as .*experts"):
+        kept.trainer._load_from_checkpoint(str(tmp_path / "published"))
+
+
 def allowed(row: Row, reading: str) -> bool:
     return {"map": True, "streaming": row.streams, "packed": row.packs}[reading]
 
