@@ -24,6 +24,7 @@ from ftcore.guards.parts import rows_of, sliced, spans
 from ftcore.guards.shortage import is_out_of_memory
 from ftcore.guards.steps import copied
 from ftcore.host_memory import NoHostMemory
+from ftcore.memory import layers_that_choose
 from ftcore.remedy import remedy
 from ftcore.report import note
 from ftcore.training_checkpoint.trainer import random_state, set_random_state
@@ -131,6 +132,8 @@ class FitsMemory(SkipsNonFinite):
         if retry >= RETRIES:
             raise self._none(f"out of memory with {rows} rows at a time, the {retry + 1}th time: {error}", of_host)
         self._drop_gradients()
+        for layer in layers_that_choose(self.model):
+            layer.forget()  # launches that were recorded hold the memory of a batch that never comes again
         give_memory_back()
         set_random_state(self._random)
         if not self.prepares or len(self._done) == 1:  # else with what was measured of other completions since

@@ -101,6 +101,10 @@ class Recomputing(Protocol):
         """Batches of fewer tokens have their launches recorded, once for each shape; 0 where none is."""
         ...
 
+    def forget(self) -> None:
+        """Let go of recorded launches and the memory that they hold: there was too little."""
+        ...
+
     def levels(self, rows: int, length: int) -> Sequence[Level]:
         """The choices for a batch, the one that keeps least first, the one that keeps everything last."""
         ...

@@ -375,3 +375,13 @@ def test_the_hook_has_the_groups_of_transformers():
     assert len(decayed["params"]) + len(plain["params"]) == len(names) - 1
     for other in (_Plan("adamw_torch"), _Plan("paged_adamw_8bit"), _Plan(kind="cpu"), _Plan(optim_args="x=1")):
         assert choose(other, model) is None
+
+
+def test_who_watches_the_parameters_sees_a_step(op, device):
+    tensors = [
+        random_tensors(300, device, torch.float32, torch.float32),
+        random_tensors(5, device, torch.float32, torch.float32),
+    ]
+    before = [each.param._version for each in tensors]
+    op.adamw_8bit(tensors, Update(step=1, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0))
+    assert all(each.param._version > version for each, version in zip(tensors, before, strict=True))

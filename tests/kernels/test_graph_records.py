@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import DEVICE
+from peft import LoraConfig, get_peft_model
 
 import ftcore
 from ftcore_kernels.layers.decoder import attention, graphs
@@ -55,11 +56,15 @@ def load(records: bool) -> Any:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    if records:
+        follow(model)
+    return model.train()
+
+
+def follow(model: Any) -> None:
     layers = [module.ftcore_recompute for module in model.modules() if hasattr(module, "ftcore_recompute")]
     for before, layer in zip([None, *layers], layers, strict=False):
-        if records:
-            layer.follow(before)
-    return model.train()
+        layer.follow(before)
 
 
 def records(model: Any) -> set[int]:
@@ -239,7 +244,16 @@ def other_weights(model: Any) -> None:
     linear.weight = torch.nn.Parameter(linear.weight.detach() * 1.5, requires_grad=False)
 
 
-@pytest.mark.parametrize("change", [another_adapter, a_trained_norm, a_trained_norm_of_heads, other_weights])
+def other_factors(model: Any) -> None:
+    for module in model.modules():
+        if "lora_B" in module._modules:
+            factor = module.lora_B["default"]
+            factor.weight = torch.nn.Parameter(factor.weight.detach() * 3)
+
+
+@pytest.mark.parametrize(
+    "change", [another_adapter, a_trained_norm, a_trained_norm_of_heads, other_weights, other_factors]
+)
 def test_a_layer_that_changed_is_not_the_recorded_one(change: Any, models: tuple[Any, Any]) -> None:
     found = []
     for model in models:
@@ -249,3 +263,72 @@ def test_a_layer_that_changed_is_not_the_recorded_one(change: Any, models: tuple
     assert records(models[1]) != {0}
     assert len(found[0]) == len(found[1])
     assert all(map(torch.equal, *found))
+
+
+def test_factors_that_are_trained_later_get_gradients(models: tuple[Any, Any]) -> None:
+    found = []
+    for model in models:
+        firsts = [parameter for name, parameter in model.named_parameters() if "lora_A" in name]
+        for parameter in firsts:
+            parameter.requires_grad_(False)
+        train(model, [(2, 16)] * 4, 1)
+        for parameter in firsts:
+            parameter.requires_grad_(True)
+        found.append(train(model, [(2, 16)] * 4, 1))
+    assert all(map(torch.equal, *found))
+
+
+def test_positions_of_each_row_are_not_those_of_all_rows(models: tuple[Any, Any]) -> None:
+    """Tables of angles have another shape then; a mask says that there is one document a row."""
+    found, ids, all_read = [], batch(9), torch.ones((2, 16), dtype=torch.int64, device=DEVICE)
+    where = (3 * torch.arange(16, device=DEVICE)).expand(2, 16).contiguous()
+    for model in models:
+        for _ in range(4):
+            model(input_ids=ids, labels=ids, attention_mask=all_read).loss.backward()
+        losses = []
+        for more in ({}, {"position_ids": where}):
+            losses.append(model(input_ids=ids, labels=ids, attention_mask=all_read, **more).loss.detach())
+        found.append([*losses, *gradients(model)])
+    assert all(map(torch.equal, *found))
+    assert not torch.equal(found[1][0], found[1][1])
+
+
+def test_norms_that_peft_trains_whole_are_recorded(tmp_path: Any) -> None:
+    base = load(False).unload()
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["norm"]}
+    get_peft_model(base, LoraConfig(**options)).save_pretrained(tmp_path)
+    found = []
+    for replays in (False, True):
+        model, _ = ftcore.load(
+            ["+model=qwen3", "model.tiny=true", "memory=off", "graphs=off", f"adapter.path='{tmp_path}'"]
+        )
+        follow(model) if replays else None
+        found.append(train(model.train(), [(2, 16)] * 4, 1))
+        assert records(model) == ({1} if replays else {0})
+    assert len(found[0]) > 20
+    assert all(map(torch.equal, *found))
+
+
+def test_what_is_forgotten_is_recorded_once_more_and_then_never(models: tuple[Any, Any]) -> None:
+    layers = [module.ftcore_recompute for module in models[1].modules() if hasattr(module, "ftcore_recompute")]
+    for still in (1, 0):
+        for layer in layers:
+            layer.forget()
+        assert records(models[1]) == {0}
+        found = [train(model, [(2, 16)] * 4, 1) for model in models]
+        assert all(map(torch.equal, *found))
+        assert records(models[1]) == {still}
+
+
+def test_records_of_an_adapter_that_is_gone_leave_their_place() -> None:
+    model = load(True)
+    shapes = [(2, 4 + length) for length in range(graphs.SHAPES) for _ in range(graphs.SEEN_BEFORE + 1)]
+    train(model, shapes, 1)
+    another_adapter(model)
+    train(model, shapes, 1)
+    assert records(model) == {graphs.SHAPES}
+    alive = {id(parameter) for parameter in model.parameters()}
+    layers = [module.ftcore_recompute for module in model.modules() if hasattr(module, "ftcore_recompute")]
+    for layer in layers:
+        assert {id(p) for record in layer.graphs._records.values() for p in record.parameters} <= alive
+        assert {id(p) for p in layer.graphs._homes} <= alive

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -19,6 +21,8 @@ from ftcore_kernels.decoding.recording import fixed_rope, other_angles, recordab
 from ftcore_kernels.decoding.requests import Request
 from ftcore_kernels.decoding.run import Run
 from ftcore_kernels.layers.uncovered import Uncovered
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 UNPACKED = 0.5
 """Part of the memory that 4-bit weights may fill unpacked; the cache has the rest."""
@@ -34,6 +38,17 @@ class Limits:
     """Of one pass over prompts; a longer prompt has a pass of its own."""
     memory: Callable[[], int] | None = None
     """Bytes that cache and unpacked weights may take now; None leaves it to `rows`."""
+
+
+def _on_its_device(call: Call) -> Call:
+    """With the engine's GPU as the current one: kernels are launched, and recorded, on that."""
+
+    @functools.wraps(call)
+    def made(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            return call(self, *args, **kwargs)
+
+    return cast("Call", made)
 
 
 class Engine:
@@ -82,6 +97,7 @@ class Engine:
         self._layers = None
 
     @torch.no_grad()
+    @_on_its_device
     def run(self, requests: Sequence[Request], sampling: Sampling, ends: Sequence[int]) -> Completions:
         """The completions of all requests, in the order of their index. Raises Uncovered for what is not computed."""
         self.open()
@@ -94,6 +110,7 @@ class Engine:
         return Completions(ids=[ids for ids, _ in written], logprobs=[logprobs for _, logprobs in written])
 
     @torch.no_grad()
+    @_on_its_device
     def stream(
         self,
         request: Request,

@@ -13,7 +13,8 @@ FIXED_ROPE = frozenset({"default", "linear", "llama3", "yarn"})
 
 
 def recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """Replays the step. It is run once before, so that kernels are compiled and libraries have their memory."""
+    """Replays the step, on the current device. It is run once before, so that kernels are compiled and libraries have
+    their memory."""
     here = torch.cuda.current_stream()
     aside = _aside(here.device)
     aside.wait_stream(here)
@@ -22,7 +23,8 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
     here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may pin memory meanwhile
+        # Torch's own stream for this is of the device that recorded first. Other threads may pin memory meanwhile.
+        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
             step()
     finally:
         torch.cuda.set_stream(here)  # where it fails, torch stays on the stream that it recorded

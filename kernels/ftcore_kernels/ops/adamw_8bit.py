@@ -78,6 +78,8 @@ def adamw_8bit(
     for key, members in groups.items():
         group = table.groups[key] = _place(members, table.groups.get(key))
         _step(key, group, update, grad_scale, found_inf)
+    # The kernel writes by address: whoever watches a tensor's version, as autograd does, is to see it.
+    torch.autograd.graph.increment_version([each.param for each in tensors])
 
 
 def _step(

@@ -49,7 +49,7 @@ def forward(
         documents = read.documents
         tables = (*position_embeddings, *(() if documents is None else documents.tables))
         key = (hidden_states.shape, hidden_states.dtype, hidden_states.requires_grad, keep, structure.state(module))
-        key = (*key, None if documents is None else documents.bucket)
+        key = (*key, None if documents is None else documents.bucket, *((one.shape, one.dtype) for one in tables))
         if (record := graphs.ready(key)) is not None:
             return graphs.replay(record, hidden_states, tables, kind)
     try:
@@ -84,8 +84,11 @@ def _foreign(hooks: dict[int, Any]) -> bool:
 
 def _has_foreign_hooks(module: Any) -> bool:
     """Whether somebody wants to be called where the layer passes the module by."""
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(map(_foreign, filter(None, own)))
+    own = module.__dict__
+    if not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]):
+        return False
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(_foreign(own[name]) for name in names)
 
 
 def _own(module: Any, hidden_states: torch.Tensor, keep: Keep, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -29,6 +29,9 @@ SEEN_BEFORE = 2
 SHAPES = 8
 """Recorded shapes of a layer; every further one runs as usual."""
 
+STATE = 4
+"""Place of the layer's state in a key: which adapters, which weights, what is trained."""
+
 Key = tuple[Any, ...]
 Tables = tuple[torch.Tensor, ...]
 
@@ -184,6 +187,7 @@ class Graphs:
         """Where the layer's gradients are left, by all its records."""
         self._seen: dict[Key, int] = {}
         self._flight: weakref.ref[Flight] | None = None
+        self._forgot = 0
 
     @property
     def shapes(self) -> int:
@@ -202,10 +206,33 @@ class Graphs:
 
     def due(self, key: Key) -> bool:
         """Count a batch that would run as usual; whether its shape did so often enough to be recorded."""
-        if len(self._records) >= SHAPES or self._in_flight():
+        if self._forgot > 1 or self._in_flight():
+            return False
+        if len(self._records) >= SHAPES:
+            self._drop_others(key)
+        if len(self._records) >= SHAPES:
             return False
         self._seen[key] = self._seen.get(key, 0) + 1
         return self._seen[key] > SEEN_BEFORE
+
+    def forget(self) -> None:
+        """Let go of all records and their memory, after there was too little; the second time nothing is recorded more.
+
+        The pool is another one afterwards: somebody may still hold what is in this one.
+        """
+        self._made.clear()
+        for held in (self._records, self._seen, self._homes):
+            held.clear()  # type: ignore[attr-defined]
+        self._latest, self._flight = None, None
+        self._forgot += 1
+
+    def _drop_others(self, key: Key) -> None:
+        """Those of a state of the layer that it is not in any more: nobody will ask for them."""
+        for gone in [other for other in self._records if other[STATE] != key[STATE]]:
+            del self._records[gone]
+        kept = {id(parameter) for record in self._records.values() for parameter in record.parameters}
+        for parameter in [parameter for parameter in self._homes if id(parameter) not in kept]:
+            del self._homes[parameter]
 
     def record(self, key: Key, layer: Layer, keep: Keep, kind: Key, dx_wanted: bool) -> Record:
         """A new record, still empty."""

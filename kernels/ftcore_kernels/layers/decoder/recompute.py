@@ -62,6 +62,11 @@ class Recompute:
         """Record the launches of small batches, in a chain with the layer before this one."""
         self.graphs = Graphs(None if before is None else before.graphs)
 
+    def forget(self) -> None:
+        """Let go of recorded launches and what they hold, after memory was short."""
+        if self.graphs is not None:
+            self.graphs.forget()
+
     def recording(self, hidden: torch.Tensor) -> Graphs | None:
         """Where the launches of a batch `[B, S, H]` are recorded, if its kernels are short enough for that to pay."""
         return self.graphs if hidden.shape[0] * hidden.shape[1] < self.recorded else None

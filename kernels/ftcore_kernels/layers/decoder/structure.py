@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -30,6 +29,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
 }
 """transformers' names of the activations that there are kernels for."""
+
+ATTENTION, FUSED_ATTENTION = (("q_proj", "k_proj", "v_proj"), ("o_proj",)), (("qkv_proj",), ("o_proj",))
+MLP, FUSED_MLP = (("gate_proj", "up_proj"), ("down_proj",)), (("gate_up_proj",), ("down_proj",))
+"""Names of the linear modules, those of one product together."""
 
 
 @dataclass
@@ -99,55 +102,65 @@ class Structure:
 
         Asked in every step of recorded layers: it looks into modules' own tables, which takes a few microseconds.
         """
-        linears = [vars(linear) for group in self.groups(module) for linear in group]
-        adapters = [
-            (
-                layer["_disable_adapters"],
-                tuple(layer["merged_adapters"]),
-                tuple(layer["_active_adapter"]),
-                tuple(layer["scaling"].items()),
-                tuple(map(id, layer["_modules"]["lora_A"]._modules.values())),
-            )
-            for layer in linears
-            if "merged_adapters" in layer
-        ]
-        bases = [layer["_modules"].get("base_layer") for layer in linears]
-        tables = [
-            layer["_parameters"] if base is None else base._parameters
-            for layer, base in zip(linears, bases, strict=True)
-        ]
-        tables += [norm._parameters for norm in self.norms(module)]
-        weights = [table["weight"] for table in tables]
-        known = tuple((weight.data_ptr(), weight.requires_grad) for weight in weights)
-        return (len(linears), *adapters, known, torch.are_deterministic_algorithms_enabled())
+        found: list[Any] = [torch.are_deterministic_algorithms_enabled()]
+        for one in self._linears(module):
+            linear = one.__dict__
+            inside = linear["_modules"]
+            if "merged_adapters" in linear:
+                found += (linear["_disable_adapters"], *linear["merged_adapters"], *linear["_active_adapter"])
+                found += linear["scaling"].values()
+                # A record keeps the parameters of its own adapters, so that no others come to have their ids.
+                for factors in (inside["lora_A"], inside["lora_B"]):
+                    for factor in factors.__dict__["_modules"].values():
+                        for weight in factor.__dict__["_parameters"].values():
+                            found += (id(weight), weight is not None and weight.requires_grad)
+            base = inside.get("base_layer")
+            for weight in (one if base is None else base)._parameters.values():
+                found += (0, False) if weight is None else (weight.data_ptr(), weight.requires_grad)
+            if "original_module" in inside:  # PEFT's, of a module that is trained whole
+                found += _about(one)
+        for norm in self.norms(module):
+            weight = norm._parameters.get("weight")
+            found += _about(norm) if weight is None else (weight.data_ptr(), weight.requires_grad)
+        return tuple(found)
 
     def groups(self, module: Any) -> list[list[nn.Module]]:
         """The linear modules of the four products."""
         attention, mlp = module.self_attn, module.mlp
-        if "fused_projections" in self.traits:
-            return [[attention.qkv_proj], [attention.o_proj], [mlp.gate_up_proj], [mlp.down_proj]]
-        return [
-            [attention.q_proj, attention.k_proj, attention.v_proj],
-            [attention.o_proj],
-            [mlp.gate_proj, mlp.up_proj],
-            [mlp.down_proj],
-        ]
+        fused = "fused_projections" in self.traits
+        of_attention, of_mlp = (FUSED_ATTENTION, FUSED_MLP) if fused else (ATTENTION, MLP)
+        found = [[getattr(attention, name) for name in names] for names in of_attention]
+        return found + [[getattr(mlp, name) for name in names] for names in of_mlp]
 
     def inner(self, module: Any) -> Iterator[nn.Module]:
         """The modules whose work is done without calling them."""
-        yield from (module.self_attn, module.mlp, *self.norms(module))
-        for linear in chain(*self.groups(module)):
+        parts = module._modules
+        yield from (parts["self_attn"], parts["mlp"], *self.norms(module))
+        for linear in self._linears(module):
             yield linear
-            if "base_layer" in linear._modules:
-                yield linear._modules["base_layer"]  # type: ignore[misc]
+            if (base := linear._modules.get("base_layer")) is not None:
+                yield base
+
+    def _linears(self, module: Any) -> Iterator[nn.Module]:
+        """As `groups`, one by one, from the tables of modules: it is asked in every step, and attributes are slow."""
+        fused, parts = "fused_projections" in self.traits, module._modules
+        for side, groups in zip(
+            ("self_attn", "mlp"), (FUSED_ATTENTION, FUSED_MLP) if fused else (ATTENTION, MLP), strict=True
+        ):
+            inside = parts[side]._modules
+            for names in groups:
+                for name in names:
+                    yield inside[name]
 
     def norms(self, module: Any) -> list[nn.Module]:
         """All of the layer's, those of heads among them."""
-        found = [module.input_layernorm, module.post_attention_layernorm]
+        parts = module._modules
+        found = [parts["input_layernorm"], parts["post_attention_layernorm"]]
         if "sandwich_norm" in self.traits:
-            found += [module.pre_feedforward_layernorm, module.post_feedforward_layernorm]
+            found += [parts["pre_feedforward_layernorm"], parts["post_feedforward_layernorm"]]
         if "qk_norm" in self.traits:
-            found += [module.self_attn.q_norm, module.self_attn.k_norm]
+            heads = parts["self_attn"]._modules
+            found += [heads["q_norm"], heads["k_norm"]]
         return found
 
     def norm(self, module: Any) -> Norm:
@@ -177,3 +190,8 @@ class Structure:
                 self.stacks[index] = stack([base.weight for base in bases], border_for(group))
             elif all(is_fp8(base) for base in bases):
                 arrange_fp8(bases)
+
+
+def _about(wrapper: Any) -> tuple[int, bool]:
+    """Where the weight is that a wrapper answers for, and whether it is trained."""
+    return wrapper.weight.data_ptr(), wrapper.weight.requires_grad
