@@ -195,7 +195,7 @@ def _as_marked(encoder: Encoder, messages: Sequence[Message], tools: Any, stray:
 
 
 def _nothing_lost(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Any, text: str) -> None:
-    """What the assistant is told stands in the text: the system's and the user's words, and the tools."""
+    """What the assistant is told stands in the text: the system's, the user's and tools' words, and the tools."""
     for number, message in enumerate(messages, 1):
         if message["role"] in ("system", "developer", "user"):
             lost = next((words for words in _texts(message.get("content")) if not _within(words, text)), None)
@@ -203,9 +203,27 @@ def _nothing_lost(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
                 problem = f"the chat template leaves out words of message {number} ({message['role']})"
                 fix = "use another data.template, or put these words into the user's message"
                 raise Refused(Problem("data", problem, fix, Exit.DATA))
+        elif message["role"] == "tool" and _unheard(tokenizer, messages, number - 1, tools, text):
+            problem = f"the chat template leaves out message {number} (tool)"
+            fix = "use a checkpoint or a data.template that renders what tools answer, or take these rows out"
+            raise Refused(Problem("data", problem, fix, Exit.DATA))
     if tools and render(tokenizer, messages) == text:
         fix = "use a checkpoint or a data.template that renders tools, or take the tools out"
         raise Refused(Problem("data", "the chat template leaves out the tools", fix, Exit.DATA))
+
+
+def _unheard(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], index: int, tools: Any, text: str
+) -> bool:
+    """Whether the text is the same whatever a tool said: templates may write its words otherwise, such as in JSON."""
+    said = _texts(messages[index].get("content"))
+    if not said or all(_within(words, text) for words in said):
+        return False
+    other = {**messages[index], "content": "something else"}
+    try:
+        return render(tokenizer, [*messages[:index], other, *messages[index + 1 :]], tools=tools) == text
+    except Refused:  # it looks into the words
+        return False
 
 
 def _answer_is_whole(message: Message, index: int, text: str) -> None:

@@ -72,6 +72,8 @@ def _jsonl(file: Path, aside: Aside) -> Placed:
         place = f"{file}:{number}"
         try:
             row = _mapping(_parsed(line, file, number, "a .jsonl file has one whole JSON object in each line"), place)
+            if _may_halve(line):
+                _whole_characters(row, place)
         except Refused as refused:
             aside(refused.problems[0])
             continue
@@ -89,14 +91,32 @@ def _json(file: Path, aside: Aside) -> Placed:
     if not isinstance(rows, list):
         fix = "a .json file is one list of objects; use .jsonl for one object a line"
         raise Refused(_bad(str(file), "holds no list of rows", fix))
+    halved = _may_halve(text)
     for number, row in enumerate(rows, 1):
         place = f"{file}: row {number}"
         try:
             row = _mapping(row, place)
+            if halved:
+                _whole_characters(row, place)
         except Refused as refused:
             aside(refused.problems[0])
             continue
         yield place, row
+
+
+def _may_halve(text: str) -> bool:
+    """Whether it has JSON's escapes of halves of characters, two of which are one, such as an emoji."""
+    return "\\ud" in text or "\\uD" in text
+
+
+def _whole_characters(row: Row, place: str) -> None:
+    """No tokenizer, and no file, takes half of a character. Raises Refused for one."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        message = f"holds half of a character ({half}), as text has that was cut within an emoji"
+        raise Refused(_bad(place, message, "take it out of the row, or take the row out")) from error
 
 
 def _object_per_line(text: str) -> bool:

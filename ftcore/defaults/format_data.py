@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+BATCH = 100
 Tokenize = Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any]]]
 
 
@@ -43,15 +45,17 @@ def ftcore_format_dataset(plan: Plan, dataset: DatasetDict, tokenizer: PreTraine
     streaming, aside = plan.run.data.streaming, Quarantine.of(plan)
     each = _each_row(plan, tokenizer, aside)
     # Never from the cache: `datasets` keys it by code and input, not by all that ours depends on.
-    options: dict[str, Any] = {"batched": True, "batch_size": 100}
+    options: dict[str, Any] = {"batched": True, "batch_size": BATCH}
     options |= {} if streaming else {"load_from_cache_file": False}
     mixed = {} if streaming or each.tokenize else {"on_mixed_types": "use_json"}
     given = 0 if streaming else sum(map(len, dataset.values())) + aside.count
     formatted = {}
     for name, rows in dataset.items():
-        rows, exact = _exactly(rows)
+        rows, kinds = _exactly(rows, plan.format.columns)
         columns = list(rows.column_names or next(iter(rows)))
-        call = partial(_batch, each=each, exact=exact, split=name)
+        call = partial(_batch, each=each, kinds=kinds, split=name, removed=frozenset(columns))
+        if not (streaming or each.tokenize):
+            options["batch_size"] = len(rows) if _has_other_columns(rows, each, kinds) else BATCH
         made = rows.map(call, with_indices=True, remove_columns=columns, **options, **mixed)
         if not streaming:
             made = by_content(made)
@@ -122,18 +126,42 @@ def _tokenize(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Tokenize:
     return ImageRowTokenizer(tokenizer, plan.family.vision, length)
 
 
-def _exactly(rows: Any) -> tuple[Any, frozenset[str]]:
+@dataclass(frozen=True)
+class _Kinds:
+    """Columns whose values are not as they were given."""
+
+    exact: frozenset[str]
+    """Text that is to be read as JSON."""
+    filled: frozenset[str]
+    """Objects of Arrow's, each with the keys of all others: a key without a value was most likely not there."""
+
+
+def _exactly(rows: Any, read: Sequence[str]) -> tuple[Any, _Kinds]:
     """The rows with their objects as the text that they came as, which `datasets` would read with rounded numbers.
 
     Columns are named anew, since `datasets` gives a column of an old name its old type.
+
+    :param read: Columns that the format reads; in those, objects are told and calls made, which nobody fills.
     """
     from datasets import Features, Json, List
 
     kinds = dict(rows.features or {})
     exact = {name: Json(decode=False) for name, kind in kinds.items() if kind == Json()}
     exact |= {name: List(Json(decode=False)) for name, kind in kinds.items() if kind == List(Json())}
+    filled = frozenset(name for name, kind in kinds.items() if name in read and name not in exact and _struct(kind))
     rows = rows.cast(Features(kinds | exact)) if exact else rows
-    return rows.rename_columns({name: f"{RAW}{name}" for name in kinds}), frozenset(exact)
+    return rows.rename_columns({name: f"{RAW}{name}" for name in kinds}), _Kinds(frozenset(exact), filled)
+
+
+def _struct(kind: Any) -> bool:
+    inner = getattr(kind, "feature", None)  # of a list
+    return isinstance(kind, dict) or (inner is not None and _struct(inner))
+
+
+def _unfilled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unfilled(item) for key, item in value.items() if item is not None}
+    return [_unfilled(item) for item in value] if isinstance(value, list) else value
 
 
 RAW = "raw "
@@ -141,12 +169,19 @@ RAW = "raw "
 
 
 def _batch(
-    columns: dict[str, list[Any]], numbers: list[int], each: _EachRow, exact: frozenset[str], split: str
+    columns: dict[str, list[Any]],
+    numbers: list[int],
+    each: _EachRow,
+    kinds: _Kinds,
+    split: str,
+    removed: frozenset[str],
 ) -> dict[str, list[Any]]:
+    """The rows that are made of a batch.
+
+    :param removed: Columns that `datasets` takes out; of a stream, a later row may have others.
+    """
     made: list[Mapping[str, Any]] = []
-    names = [name.removeprefix(RAW) for name in columns]
-    for number, *values in zip(numbers, *columns.values(), strict=True):
-        row = {name: _read_text(v) if name in exact else v for name, v in zip(names, values, strict=True)}
+    for number, row in zip(numbers, _rows(columns, kinds), strict=True):
         try:
             made += _made(row, each)
         except Refused as refused:
@@ -157,7 +192,40 @@ def _batch(
             each.aside.add(_placed(refused, place).problems[0], nth)
             if each.streaming:
                 each.aside.streamed(number + 1)
-    return {name: [row.get(name) for row in made] for name in dict.fromkeys(chain.from_iterable(made))}
+    names = dict.fromkeys(chain(chain.from_iterable(made), (name for name in columns if name not in removed)))
+    return {name: [row.get(name) for row in made] for name in names}
+
+
+def _rows(columns: Mapping[str, list[Any]], kinds: _Kinds) -> Iterator[Row]:
+    """The rows of a batch, as they were given."""
+    names = [name.removeprefix(RAW) for name in columns]
+    reads = [_read_text if name in kinds.exact else _unfilled if name in kinds.filled else _as_it_is for name in names]
+    for values in zip(*columns.values(), strict=True):
+        yield {name: read(value) for name, read, value in zip(names, reads, values, strict=True)}
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _has_other_columns(rows: Any, each: _EachRow, kinds: _Kinds) -> bool:
+    """Whether a batch is converted to other columns than the first, or has a value in one where that has none.
+
+    `datasets` takes the columns, and what is in them, from the first batch. Rows that cannot be converted are left to
+    those who say so.
+    """
+    first: tuple[set[str], set[str]] | None = None
+    for batch in rows.iter(BATCH) if len(rows) > BATCH else ():
+        there, filled = set[str](), set[str]()
+        for row in _rows(batch, kinds):
+            with suppress(Exception):
+                made = each.convert(row)
+                there |= set(made)
+                filled |= {name for name, value in made.items() if value is not None}
+        first = first or (there, filled)
+        if there != first[0] or not filled <= first[1]:
+            return True
+    return False
 
 
 def _placed(refused: Refused, place: str) -> Refused:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ftcore_data._rows import Row, kind, one_of
+from ftcore_data._rows import Row, kind, not_text, one_of
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE = '{"role": "user", "content": "..."}'
@@ -79,10 +79,35 @@ def _json(text: str) -> Any:
 
 
 def plain_messages(messages: Sequence[Row]) -> list[Message]:
-    """Messages with the keys that have a value, since `datasets` fills absent ones with None, and with the arguments of
-    tool calls as objects, which every chat template takes."""
+    """Messages as every chat template takes them: with the keys that have a value, since `datasets` fills absent ones
+    with None, with the arguments of tool calls as objects, and with parts that are all text as text."""
     made = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    made = [{key: _as_text(value) if key == "content" else value for key, value in m.items()} for m in made]
     return [_with_objects(message) if message.get("tool_calls") else message for message in made]
+
+
+def _as_text(content: Any) -> Any:
+    """Parts of OpenAI's form, a line each, as vLLM puts them together; anything else as it is."""
+    texts = [part.get("text") for part in content] if isinstance(content, list) else []
+    alone = all(isinstance(text, str) for text in texts)
+    return "\n".join(texts) if texts and alone else content
+
+
+def with_system(messages: list[Message], row: Row) -> list[Message]:
+    """The messages, after the words of a column `system`, where there are any."""
+    return [{"role": "system", "content": row["system"]}, *messages] if (row.get("system") or "").strip() else messages
+
+
+def check_system(row: Row, messages: Any = ()) -> str | None:
+    """The column is text, and the messages have no other system message than it."""
+    if row.get("system") is None:
+        return None
+    if reason := not_text(row, "system", empty_ok=True):
+        return reason
+    first = messages[0] if isinstance(messages, list) and messages else None
+    if row["system"].strip() and isinstance(first, dict) and "system" in (first.get("role"), first.get("from")):
+        return "has a column 'system', and a system message as well\ntake one of them out"
+    return None
 
 
 def _with_objects(message: Message) -> Message:

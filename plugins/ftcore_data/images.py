@@ -13,7 +13,7 @@ from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
 from ftcore_data import sharegpt
-from ftcore_data._messages import Message, check_messages, plain_messages
+from ftcore_data._messages import Message, check_messages, check_system, plain_messages, with_system
 from ftcore_data._rows import Row, first, kind, missing_all, sample, unused
 
 IMAGES = ("images", "image")
@@ -35,7 +35,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.images:convert",
         check="ftcore_data.images:check",
         sample=sample("images.jsonl"),
-        columns=(*IMAGES, *TALKS),
+        columns=(*IMAGES, *TALKS, "system"),
         media=IMAGES,
         opens="ftcore_data.images:opens",
     )
@@ -46,7 +46,7 @@ def check(row: Row) -> str | None:
     column, talk = first(row, IMAGES), first(row, TALKS)
     if column is None or talk is None:
         return missing_all(row, IMAGES if column is None else TALKS)
-    if reason := unused(row, "audio", "audios", "video", "videos"):
+    if reason := unused(row, "audio", "audios", "video", "videos", "tools") or check_system(row, row[talk]):
         return reason
     images = _images(row)
     if not images or (strange := next((i for i in images if not _is_image(i)), None)) is not None:
@@ -70,7 +70,7 @@ def convert(row: Row) -> dict[str, Any]:
     talk, images = first(row, TALKS), _images(row)
     assert talk is not None
     turns = row[talk]
-    messages = sharegpt.to_messages(turns) if _of_sharegpt(turns) else plain_messages(turns)
+    messages = with_system(sharegpt.to_messages(turns) if _of_sharegpt(turns) else plain_messages(turns), row)
     everywhere = sum(_places(messages)) > 0
     made, put = [], everywhere
     for message in messages:

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
-from ftcore_data._messages import check_messages, check_tools, plain_messages, with_tools
+from ftcore_data._messages import (
+    check_messages,
+    check_system,
+    check_tools,
+    plain_messages,
+    with_system,
+    with_tools,
+)
 from ftcore_data._rows import MEDIA, NO_COLUMN, Row, first, missing, sample, unused
 
 COLUMNS = ("messages", "conversations", "conversation")
@@ -26,7 +33,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.messages:convert",
         check="ftcore_data.messages:check",
         sample=sample("messages.jsonl"),
-        columns=(*COLUMNS, "tools"),
+        columns=(*COLUMNS, "system", "tools"),
         sample_eval=sample("messages.eval.jsonl"),
         sample_prompts=("Why does a rainbow have colours?",),
     )
@@ -40,14 +47,14 @@ def check(row: Row) -> str | None:
     if _of_sharegpt(row[column]):
         return f"{NO_COLUMN} of messages: '{column}' has turns of {{from, value}}\nname the format with data=sharegpt"
     reason = unused(row, *MEDIA) or check_messages(row[column], column) or check_tools(row)
-    return reason or _no_media(row[column])
+    return reason or check_system(row, row[column]) or _no_media(row[column])
 
 
 def convert(row: Row) -> dict[str, Any]:
-    """Already in shape; null keys that `datasets` adds go."""
+    """Already in shape, but for a column `system`; null keys that `datasets` adds go."""
     column = first(row, COLUMNS)
     assert column is not None
-    return with_tools(plain_messages(row[column]), row)
+    return with_tools(with_system(plain_messages(row[column]), row), row)
 
 
 def _no_media(messages: list[Row]) -> str | None:

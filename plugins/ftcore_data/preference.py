@@ -8,7 +8,17 @@ from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
 from ftcore_data import alpaca, sharegpt
-from ftcore_data._messages import Message, answered, asked, check_messages, check_tools, plain_messages, tools_of
+from ftcore_data._messages import (
+    Message,
+    answered,
+    asked,
+    check_messages,
+    check_system,
+    check_tools,
+    plain_messages,
+    tools_of,
+    with_system,
+)
 from ftcore_data._rows import MEDIA, Row, first, kind, missing, not_text, sample, unused
 
 PROMPTS = ("prompt", "question", "instruction", "conversations")
@@ -48,7 +58,10 @@ def check(row: Row) -> str | None:
         return "has the same answer as chosen and as rejected, so it prefers nothing\ntake the row out"
     if column is None and isinstance(row["chosen"], list) and not _shared(row):
         return "has no prompt: chosen and rejected begin otherwise\nput what is asked into a column 'prompt'"
-    return check_tools(row)
+    if column is not None and _tell_all(row) and not _begin_with(row, column):
+        message = f"'chosen' and 'rejected' begin neither with the assistant nor with what '{column}' says"
+        return f"{message}\ngive the answers alone, or take the column '{column}' out"
+    return check_system(row, row["chosen"] if column is None else row[column]) or check_tools(row)
 
 
 def convert(row: Row) -> dict[str, Any]:
@@ -58,9 +71,11 @@ def convert(row: Row) -> dict[str, Any]:
         return {name: row[name] for name in BOTH}
     made = {name: _answer(row[name]) for name in BOTH}
     prompt = _prompt(row, column)
-    if column is None:
+    if column is None or _tell_all(row):
         shared = _shared(row)
-        prompt, made = made["chosen"][:shared], {name: answer[shared:] for name, answer in made.items()}
+        asked_before = made["chosen"][:shared]
+        prompt = asked_before if _told(asked_before) else [*_told(prompt), *asked_before]
+        made = {name: answer[shared:] for name, answer in made.items()}
     return {"prompt": prompt, **made, **({"tools": tools} if tools else {})}
 
 
@@ -93,16 +108,38 @@ _CHECKS: dict[str, Callable[[list[Any], str], str | None]] = {
 
 
 def _prompt(row: Row, column: str | None) -> list[Message]:
-    if column is None:
-        return []
     if column == "instruction":
         return alpaca.prompt(row)
-    if column == "conversations":
-        return sharegpt.to_messages(row[column])
-    if isinstance(row[column], list):
-        return plain_messages(row[column])
-    system = [{"role": "system", "content": row["system"]}] if (row.get("system") or "").strip() else []
-    return system + asked(row[column])
+    if column is None:
+        messages = []
+    elif column == "conversations":
+        messages = sharegpt.to_messages(row[column])
+    else:
+        messages = plain_messages(row[column]) if isinstance(row[column], list) else asked(row[column])
+    return with_system(messages, row)
+
+
+def _tell_all(row: Row) -> bool:
+    """Whether the answers are whole conversations, of which a column with the prompt is the beginning once more."""
+    answers = [row[name] for name in BOTH if isinstance(row[name], list)]
+    return any(answer[0].get("role") != "assistant" for answer in answers)
+
+
+def _begin_with(row: Row, column: str) -> bool:
+    """Whether both answers begin with what the column says."""
+    said = [message for message in _prompt(row, column) if message["role"] != "system"]
+    before = [m for m in plain_messages(row["chosen"])[: _shared(row)] if m["role"] != "system"]
+    return list(map(_words, said)) == list(map(_words, before[: len(said)]))
+
+
+def _words(message: Message) -> tuple[str, Any]:
+    content = message.get("content")
+    return message["role"], content.strip() if isinstance(content, str) else content
+
+
+def _told(messages: list[Message]) -> list[Message]:
+    """The system message that a conversation begins with."""
+    return [message for message in messages[:1] if message["role"] == "system"]
 
 
 def _answer(value: Any) -> list[Message]:

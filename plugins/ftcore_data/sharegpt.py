@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
-from ftcore_data._messages import Message, check_messages, check_tools, plain_messages, with_tools
-from ftcore_data._rows import MEDIA, Row, first, missing, not_text, one_of, sample, unused
+from ftcore_data._messages import (
+    Message,
+    check_messages,
+    check_system,
+    check_tools,
+    plain_messages,
+    with_system,
+    with_tools,
+)
+from ftcore_data._rows import MEDIA, Row, first, missing, one_of, sample, unused
 
 COLUMNS = ("conversations", "conversation")
 ROLES = {
@@ -51,7 +59,7 @@ def check(row: Row) -> str | None:
         return missing(row, COLUMNS[0])
     if reason := unused(row, *MEDIA, "chosen", "rejected"):
         return reason
-    if row.get("system") is not None and (reason := not_text(row, "system", empty_ok=True)):
+    if reason := check_system(row, row[column]):
         return reason
     return check_turns(row[column]) or check_messages(_checkable(row[column]), column) or check_tools(row)
 
@@ -73,8 +81,7 @@ def convert(row: Row) -> dict[str, Any]:
     """Speakers become roles, calls of functions `tool_calls`."""
     column = first(row, COLUMNS)
     assert column is not None
-    system = [{"role": "system", "content": row["system"]}] if (row.get("system") or "").strip() else []
-    return with_tools([*system, *to_messages(row[column])], row)
+    return with_tools(with_system(to_messages(row[column]), row), row)
 
 
 def to_messages(turns: list[Row]) -> list[Message]:

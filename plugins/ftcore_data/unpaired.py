@@ -8,7 +8,7 @@ from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
 from ftcore_data import prompt_completion
-from ftcore_data._messages import answered, asked, check_messages, plain_messages, tools_of
+from ftcore_data._messages import answered, asked, check_messages, check_system, plain_messages, tools_of, with_system
 from ftcore_data._rows import Row, first_pair, kind, missing, sample, truth
 
 
@@ -26,7 +26,7 @@ def ftcore_data_format() -> DataFormat:
         convert="ftcore_data.unpaired:convert",
         check="ftcore_data.unpaired:check",
         sample=sample("unpaired.jsonl"),
-        columns=tuple(dict.fromkeys(("messages", *chain(*prompt_completion.PAIRS), "label", "tools"))),
+        columns=tuple(dict.fromkeys(("messages", *chain(*prompt_completion.PAIRS), "label", "system", "tools"))),
         over={"prompts": ("label",), "prompt_completion": ("label",), "messages": ("label",)},
     )
 
@@ -34,7 +34,7 @@ def ftcore_data_format() -> DataFormat:
 def check(row: Row) -> str | None:
     """A conversation that ends with an answer, and true or false."""
     if "messages" in row:
-        if reason := missing(row, "label") or check_messages(row["messages"]):
+        if reason := missing(row, "label") or check_messages(row["messages"]) or check_system(row, row["messages"]):
             return reason
         if row["messages"][-1]["role"] != "assistant" or len(row["messages"]) < 2:
             return "does not end with the assistant's answer to something\ntake what follows it out"
@@ -50,7 +50,7 @@ def convert(row: Row) -> dict[str, Any]:
     """Prompt and completion as messages, and the label."""
     label, tools = truth(row["label"]), tools_of(row)
     if "messages" in row:
-        messages = plain_messages(row["messages"])
+        messages = with_system(plain_messages(row["messages"]), row)
         prompt, completion = messages[:-1], messages[-1:]
     else:
         pair = first_pair(row, prompt_completion.PAIRS)
