@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from yaml import YAMLError
 from ftcore import config_guard, foreign_yaml
 from ftcore.catalog import installed
 from ftcore.config import KINDS, MANY, RunConfig
-from ftcore.errors import Exit, Problem, Refused
+from ftcore.errors import Exit, Problem, Refused, refuse
 from ftcore.explanations import explain, explain_grammar
 from ftcore.overrides import GROUPS, check_overrides
 from ftcore.redaction import redact
@@ -276,7 +276,18 @@ def typed(config: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise explain(error, ()) from error
     assert isinstance(run, RunConfig)
+    refuse(list(_empty_paths(run)))
     return run
+
+
+def _empty_paths(run: RunConfig) -> Iterator[Problem]:
+    """Paths without a word, as a shell's unset variable leaves them: not the same as no path, which takes a default."""
+    given = {"output_dir": run.output_dir}
+    given |= {f"{kind}.path": getattr(getattr(run, kind), "path", None) for kind in ("data", "model", "adapter")}
+    given |= {"data.eval_path": getattr(run.data, "eval_path", None)}
+    for key, value in given.items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            yield Problem(key, "is empty", f"name a file or a folder, or leave {key} out", Exit.MISSING_INPUT)
 
 
 def record(run: RunConfig, folder: Path) -> None:

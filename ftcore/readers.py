@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +16,7 @@ from ftcore.errors import Exit, Problem, Refused
 
 MARK = "\ufeff"
 """Byte order mark, which editors of Windows put before UTF-8."""
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 LONGEST_FIELD = 2**27
 """Characters of a table's field; Python's own limit is 128 Ki, which a long document has."""
 Row = Mapping[str, Any]
@@ -148,6 +149,7 @@ def _csv(file: Path, delimiter: str, aside: Aside) -> Placed:
     unreadable: dict[int, Problem] = {}
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_FIELD))
     reader = csv.DictReader(_table_lines(file, unreadable), delimiter=delimiter)
+    _check_names(file, reader.fieldnames or (), delimiter)
     done = 0
     try:
         for row in reader:
@@ -163,6 +165,17 @@ def _csv(file: Path, delimiter: str, aside: Aside) -> Placed:
     except csv.Error as error:
         place = f"{file}:{reader.line_num}"
         raise Refused(_bad(place, f"cannot be read: {error}", "save the rows as .jsonl")) from error
+
+
+def _check_names(file: Path, names: Sequence[str], delimiter: str) -> None:
+    """Each column has a name of its own. Raises Refused, also where another separator made one name of all."""
+    place = f"{file}:1"
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise Refused(_bad(place, f"has the column '{double}' twice", "rename one of them, or take it out"))
+    other = next((mark for mark in SEPARATORS if len(names) == 1 and mark != delimiter and mark in names[0]), None)
+    if other:
+        fix = "rename the file to .tsv" if other == "\t" else "save it as a .csv with commas"
+        raise Refused(_bad(place, f"is separated by {SEPARATORS[other]}, not by {SEPARATORS[delimiter]}", fix))
 
 
 def _table_lines(file: Path, unreadable: dict[int, Problem]) -> Iterator[str]:

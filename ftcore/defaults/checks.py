@@ -20,6 +20,7 @@ from ftcore.manager import import_function, selected_options
 from ftcore.resuming import NEVER
 from ftcore.run_state import state_of
 from ftcore.specs import Plan
+from ftcore.training_checkpoint import store
 
 
 @hookimpl(trylast=True)
@@ -175,6 +176,20 @@ def _folders(plan: Plan) -> Iterator[Problem]:
         what = "is no checkpoint of a run" if Path(asked).is_dir() else "does not exist"
         fix = "name a folder such as RUN/checkpoints/checkpoint-50, or write resume=last with output_dir=RUN"
         yield Problem("resume", f"{asked} {what}", fix, Exit.MISSING_INPUT)
+    elif _own_checkpoint(plan) and (newest := max(_steps(plan), default=0)) > store.step_of(Path(asked)):
+        message = f"{plan.output_dir} has gone on from there, to step {newest}"
+        yield Problem("resume", message, "name another output_dir, or go on from there: resume=last")
+
+
+def _own_checkpoint(plan: Plan) -> bool:
+    """Whether `resume` names a checkpoint in the very folder that is written."""
+    asked = plan.run.resume.checkpoint
+    return asked is not None and Path(asked).resolve().parent == (plan.output_dir / "checkpoints").resolve()
+
+
+def _steps(plan: Plan) -> list[int]:
+    """Those of the run folder's checkpoints."""
+    return [store.step_of(folder) for folder in (plan.output_dir / "checkpoints").glob("checkpoint-*")]
 
 
 RUN_FILES = ("config.yaml", "run.json", "trained", "metrics.jsonl")
@@ -184,7 +199,7 @@ RUN_FILES = ("config.yaml", "run.json", "trained", "metrics.jsonl")
 def _same_run(plan: Plan) -> Iterator[Problem]:
     """A run that goes on in its own folder keeps what its result depends on, and has steps left."""
     record = plan.output_dir / "config.yaml"
-    if plan.run.resume.checkpoint != "last" or not record.is_file():
+    if not (plan.run.resume.checkpoint == "last" or _own_checkpoint(plan)) or not record.is_file():
         return
     for change in [*drift.of_config(plan.run, plan.output_dir), *drift.of_inputs(plan)]:
         if change.key not in plan.run.resume.allow:
@@ -192,7 +207,7 @@ def _same_run(plan: Plan) -> Iterator[Problem]:
             fix = f"leave it as it was, accept it by 'resume.allow=[{change.key}]', or begin anew: resume=never"
             fix += ", and another output_dir where that is set"
             yield Problem(change.key, message, fix)
-    steps = [int(folder.name.rpartition("-")[2]) for folder in (plan.output_dir / "checkpoints").glob("checkpoint-*")]
+    steps = _steps(plan)
     limit = plan.run.trainer.max_steps if plan.run.trainer else -1
     # One that was stopped after its last step has yet to measure, save and export.
     if steps and 0 < limit <= max(steps) and state_of(plan.output_dir) == "done":

@@ -25,8 +25,8 @@ def check_start(now: RunConfig, argv: list[str]) -> None:
         problems += _changed(kind, getattr(then, kind), getattr(now, kind))
     data = now.data
     assert data is not None and then.data is not None and now.trainer is not None and then.trainer is not None
-    if data.path is not None and not data.eval_path and data.eval_size:
-        other = data.eval_size != then.data.eval_size
+    other = data.eval_size != then.data.eval_size
+    if (data.path is not None or other) and not data.eval_path and data.eval_size:
         key = "data.eval_size" if other else "trainer.seed" if now.trainer.seed != then.trainer.seed else ""
         if key:
             message = "would hold out rows that the run was trained on"

@@ -26,6 +26,9 @@ def trained_config(config: RunConfig) -> RunConfig:
     folder = Path(config.run) / TRAINED
     assert config.model is not None and config.adapter is not None
     if (folder / "adapter_config.json").is_file():
+        if not hasattr(config.adapter, "path"):
+            message = f"is {config.adapter.name}, and the run trained an adapter"
+            raise Refused(Problem("adapter", message, "leave adapter= out"))
         adapter: Any = replace(config.adapter, path=str(folder))  # type: ignore[call-arg]
         return replace(config, adapter=adapter)
     if (folder / "config.json").is_file():

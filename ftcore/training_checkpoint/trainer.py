@@ -100,9 +100,25 @@ class SafeCheckpoints:
             state = tree.read(Path(checkpoint), "optimizer")
             for group, made in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
                 group |= {name: made[name] for name in HOW if name in made}
+            peaks = [group["initial_lr"] for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state)
             setattr(self.model, STATE_READ, True)
             self.lr_scheduler.load_state_dict(tree.read(Path(checkpoint), "scheduler"))
+            self._set_rates(peaks)
+
+    def _set_rates(self, peaks: list[Any]) -> None:
+        """Rates of the step that comes, by this run's peaks and schedule, which may be longer than the checkpoint's."""
+        from torch.optim.lr_scheduler import LambdaLR
+
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
+        if not isinstance(scheduler, LambdaLR):
+            return
+        scheduler.base_lrs = peaks
+        scheduler._last_lr = [
+            peak * at(scheduler.last_epoch) for peak, at in zip(peaks, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, peak, rate in zip(self.optimizer.param_groups, peaks, scheduler._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = peak, rate
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler = getattr(self.accelerator, "scaler", None)

@@ -106,6 +106,8 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
         fix = f"did you mean '{near}'?" if near else f"known: {', '.join(modules)}"
         found.append(Problem("adapter.modules_to_save", f"the family has no module '{strange[0]}'", fix))
     found += _frozen_embeddings(plan)
+    found += _whole_in_16_bits(plan)
+    found += _whole_and_quantized(plan)
     if config.init in (Init.pissa, Init.olora) and plan.run.quantizer:
         found.append(
             Problem(
@@ -190,7 +192,7 @@ def _differences(config: Config, file: Path, recorded: bool) -> Iterator[Problem
         ("variant", config.variant.value, Config.variant.value, variant),
         ("init", Init.default.value if recorded else config.init.value, Config.init.value, _start(saved)),
         ("dropout", config.dropout, Config.dropout, saved.get("lora_dropout")),
-        ("targets", sorted(config.targets) if new else [], [], _names(saved.get("target_modules"))),
+        ("targets", sorted(config.targets) if new else [], [], _targets(saved)),
         ("modules_to_save", sorted(config.modules_to_save) if new else [], [], _names(saved.get("modules_to_save"))),
     ):
         if kept is not None and asked not in (usual, kept):
@@ -230,6 +232,12 @@ def _names(saved: Any) -> list[str] | None:
     return None if isinstance(saved, str) else sorted(saved or [])
 
 
+def _targets(saved: dict[str, Any]) -> list[str] | None:
+    """Linear layers and parameters that have an adapter."""
+    layers = _names(saved.get("target_modules"))
+    return None if layers is None else sorted([*layers, *(saved.get("target_parameters") or [])])
+
+
 def _start(saved: dict[str, Any]) -> str:
     """How a saved adapter began."""
     kind = saved.get("init_lora_weights", True)
@@ -244,7 +252,10 @@ def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
 
     config = plan.config(Config)
     if config.path:
-        return PeftModel.from_pretrained(model, config.path, is_trainable=True)
+        loaded: nn.Module = PeftModel.from_pretrained(model, config.path, is_trainable=True)
+        _in_float32(loaded, plan)
+        _with_bias(loaded)
+        return loaded
     set_seed(plan.run.trainer.seed if plan.run.trainer else 0)
     parameters = _parameters(plan)
     rows = trained_rows(plan, model, [name.rpartition(".")[2] for name in config.modules_to_save])
@@ -270,9 +281,42 @@ def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
             trainable_token_indices=rows or None,
         ),
     )
-    for name, weight in adapted.named_parameters():
-        if ".trainable_tokens_delta." in name:
-            weight.data = weight.data.float()
+    _in_float32(adapted, plan)
+    _with_bias(adapted)
     if config.init is Init.loftq:
         _loftq.start(adapted, plan)
     return adapted
+
+
+def _in_float32(adapted: nn.Module, plan: Plan) -> None:
+    """The rows of new tokens; in a training over float16, whose gradients no scaler takes, whole modules as well."""
+    whole = plan.dtype == "float16" and plan.run.trainer is not None
+    names = (".trainable_tokens_delta.", *([".modules_to_save."] if whole else []))
+    for name, weight in adapted.named_parameters():
+        if weight.requires_grad and any(part in name for part in names):
+            weight.data = weight.data.float()
+
+
+def _with_bias(adapted: nn.Module) -> None:
+    """TRL asks heads for their bias; PEFT's wrapper of one whose rows are trained does not say that there is none."""
+    for module in adapted.modules():
+        inner = getattr(module, "original_module", None)
+        if inner is not None and not hasattr(module, "bias") and getattr(inner, "bias", 0) is None:
+            module.register_parameter("bias", None)
+
+
+def _whole_in_16_bits(plan: Plan) -> Iterator[Problem]:
+    """What is trained whole is in 32 bits over float16, and hidden states are not: a new head alone takes both."""
+    config = plan.config(Config)
+    if plan.dtype == "float16" and config.modules_to_save and plan.run.trainer is not None:
+        message = f"{', '.join(config.modules_to_save)} would be trained in float16, whose gradients cannot be scaled"
+        fix = "use model.dtype=float32, or model.dtype=bfloat16 where the GPU has it, or leave it out"
+        yield Problem("adapter.modules_to_save", message, fix)
+
+
+def _whole_and_quantized(plan: Plan) -> Iterator[Problem]:
+    """Quantized weights have no gradients."""
+    whole = [m for m in plan.config(Config).modules_to_save if m.rpartition(".")[2] in plan.family.lora_targets]
+    if plan.run.quantizer and whole:
+        message = f"'{whole[0]}' is in {plan.run.quantizer.name} and cannot be trained whole"
+        yield Problem("adapter.modules_to_save", message, "leave it out; adapter.targets adapts it")

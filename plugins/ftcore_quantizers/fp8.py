@@ -50,15 +50,6 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
                 "use adapter.variant=lora or rslora",
             )
         )
-    whole = [m for m in getattr(adapter, "modules_to_save", ()) if m.rpartition(".")[2] in plan.family.lora_targets]
-    if whole:
-        found.append(
-            Problem(
-                "adapter.modules_to_save",
-                f"'{whole[0]}' is in fp8 and cannot be trained whole",
-                "leave it out; adapter.targets adapts it",
-            )
-        )
     return found
 
 

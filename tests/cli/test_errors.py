@@ -313,6 +313,9 @@ CASES = {
         "adapter.alpha: is 7.0",
         "has 64",
     ),
+    "empty-rows": wrong(f"{SFT} data.path=", MISSING, "data.path: is empty", "leave data.path out"),
+    "empty-model": wrong(f"{SFT} model.path=", MISSING, "model.path: is empty", "leave model.path out"),
+    "empty-folder": wrong(f"{SFT} output_dir=", MISSING, "output_dir: is empty", "leave output_dir out"),
     "saved-without-tokens": wrong(
         f"""{SFT} adapter.path=saved 'model.new_tokens=["<a>","<b>"]'""",
         CONFIG,

@@ -13,6 +13,7 @@ from ftcore import hooks as h
 from ftcore import pipeline
 from ftcore.composition import compose, typed
 from ftcore.errors import Exit, Refused
+from ftcore.readers import iter_rows
 from ftcore.specs import Shape
 from ftcore.tokens import IGNORED
 
@@ -258,3 +259,20 @@ def test_files_of_windows_and_long_fields_are_read(in_tmp: Path) -> None:
     Path("long.csv").write_text("\ufefftext\n" + "x" * 200_000 + "\n", encoding="utf-8")
     assert dataset("data.path=marked.jsonl", raw=True)[0]["train"]["text"] == ["hello"]
     assert [len(text) for text in dataset("data.path=long.csv", raw=True)[0]["train"]["text"]] == [200_000]
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "said"),
+    [
+        ("a.csv", "instruction,instruction,output", "has the column 'instruction' twice"),
+        ("a.csv", "instruction;output", "is separated by semicolons, not by commas"),
+        ("a.csv", "instruction\toutput", "is separated by tabs, not by commas"),
+        ("a.tsv", "instruction,output", "is separated by commas, not by tabs"),
+    ],
+)
+def test_a_table_whose_columns_are_not_what_they_seem(in_tmp: Path, name: str, header: str, said: str) -> None:
+    Path(name).write_text(f"{header}\na,b,c\n")
+    with pytest.raises(Refused, match=said) as found:
+        list(iter_rows(Path(name)))
+    assert found.value.problems[0].key == f"{name}:1"
+    assert found.value.problems[0].fix

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import ftcore
 from ftcore import checkpoint
 from ftcore.testing import maths, runs
 from ftcore_adapters.lora import Config, _differences
@@ -106,3 +107,42 @@ def test_what_a_saved_adapter_would_not_heed_is_refused(asked: dict[str, Any], k
     assert [problem.key for problem in found] == ([] if key is None else [f"adapter.{key}"])
     file.write_text(json.dumps({"r": 8, "lora_dropout": 0.0, "target_modules": ".*q_proj"}))
     assert not [problem for problem in _differences(Config(**asked), file, recorded=False) if "targets" in problem.key]
+
+
+def test_heads_over_float16_are_trained_in_float32() -> None:
+    """No loss scaler takes gradients in float16."""
+    model = runs.loaded(["+model=llama", "model.tiny=true", "model.dtype=float16", "+trainer=reward"]).model
+    trained = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert any("modules_to_save" in name for name in trained)
+    assert set(trained.values()) == {torch.float32}
+    with torch.autocast("cpu", torch.float16):
+        scores = model(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 3, dtype=torch.long)).logits
+    scores.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("model.dtype=float16 adapter.modules_to_save=[lm_head]", "gradients cannot be scaled"),
+        ("+quantizer=bnb_nf4 adapter.modules_to_save=[q_proj]", "is in bnb_nf4 and cannot be trained whole"),
+        ("+quantizer=bnb_int8 adapter.modules_to_save=[q_proj]", "is in bnb_int8 and cannot be trained whole"),
+    ],
+)
+def test_modules_that_cannot_be_trained_whole(words: str, said: str) -> None:
+    problems = runs.refusals(["+model=llama", "model.tiny=true", "+trainer=sft", *words.split()])
+    assert [problem.key for problem in problems] == ["adapter.modules_to_save"]
+    assert said in problems[0].message
+
+
+def test_a_saved_adapter_has_its_parameters_among_its_targets(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text('{"r": 16, "target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}')
+    asked = Config(targets=["experts.down_proj", "q_proj"])
+    assert not list(_differences(asked, file, recorded=False))
+
+
+def test_new_tokens_without_kernels(tmp_path: Path) -> None:
+    words = ["+model=llama", "model.tiny=true", "kernels=[]", "model.new_tokens=[zork]", "+trainer=sft", "prompts=[]"]
+    result = ftcore.run([*words, "trainer.max_steps=1", f"output_dir='{tmp_path / 'run'}'"])
+    assert result.metrics["train_loss"] > 0

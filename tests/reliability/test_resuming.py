@@ -209,3 +209,38 @@ def test_when_every_checkpoint_is_damaged_the_same_command_begins_anew_the_next_
     assert "leave resume out: the same command then begins anew" in capsys.readouterr().err
     assert command(words) == 0
     assert len(list(Path("run/checkpoints/damaged").iterdir())) == 2
+
+
+def rates(folder: str) -> dict[int, float]:
+    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return {entry["step"]: entry["learning_rate"] for line in lines if "learning_rate" in (entry := json.loads(line))}
+
+
+@pytest.mark.parametrize(
+    "changed", [(), ("trainer.learning_rate=5e-2",), ("trainer.schedule=cosine",)], ids=["longer", "rate", "schedule"]
+)
+def test_a_run_that_is_made_longer_goes_on_by_its_new_schedule(in_tmp: Path, changed: tuple[str, ...]) -> None:
+    write_rows(in_tmp / "rows.jsonl", ROWS)
+    words = ["+model=llama", "model.tiny=true", "+trainer=sft", "kernels=[]", "data.path=rows.jsonl", "prompts=[]"]
+    words += ["trainer.save_steps=1", "trainer.global_batch=2", "trainer.warmup=0"]
+    assert command([*words, "trainer.max_steps=5", "output_dir=whole", *changed]) == 0
+    assert command([*words, "trainer.max_steps=2", "output_dir=run"]) == 0
+    allow = ",".join(word.partition("=")[0] for word in changed)
+    more = ["trainer.max_steps=5", *changed, *([f"resume.allow=[{allow}]"] if allow else [])]
+    assert command(["run=run", "output_dir=run", "resume=last", *more]) == 0
+    wanted, found = rates("whole"), rates("run")
+    assert [found[step] for step in (3, 4, 5)] == [wanted[step] for step in (3, 4, 5)]
+    assert min(found.values()) > 0
+
+
+def test_a_checkpoint_that_a_run_has_gone_on_from_needs_another_folder(interrupted, capsys) -> None:
+    _, words = interrupted
+    assert command(words) == 0
+    kept = sorted(path.name for path in Path("run/checkpoints").iterdir())
+    assert command(["run=run", "output_dir=run", "resume=run/checkpoints/checkpoint-1"]) == 2
+    said = capsys.readouterr().err
+    assert "resume: run has gone on from there, to step 3" in said
+    assert "another output_dir" in said
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == kept
+    assert command(["run=run", "output_dir=other", "resume=run/checkpoints/checkpoint-1"]) == 0
+    assert steps("other") == [2, 3]
