@@ -171,8 +171,37 @@ def _unknown_key(override: Override, key: str) -> Problem:
     return Problem(key, "is no key of a run", fix)
 
 
+ELSEWHERE = {
+    "lr": ["trainer.learning_rate"],
+    "batch_size": ["trainer.global_batch", "trainer.micro_batch"],
+    "per_device_train_batch_size": ["trainer.micro_batch"],
+    "per_device_batch_size": ["trainer.micro_batch"],
+    "train_batch_size": ["trainer.global_batch"],
+    "gradient_accumulation_steps": ["trainer.global_batch"],
+    "num_train_epochs": ["trainer.epochs"],
+    "num_epochs": ["trainer.epochs"],
+    "max_seq_length": ["trainer.max_length"],
+    "max_seq_len": ["trainer.max_length"],
+    "warmup_ratio": ["trainer.warmup"],
+    "warmup_steps": ["trainer.warmup"],
+    "lora_r": ["adapter.r"],
+    "lora_alpha": ["adapter.alpha"],
+    "lora_dropout": ["adapter.dropout"],
+    "target_modules": ["adapter.targets"],
+    "load_in_4bit": ["+quantizer=bnb_nf4"],
+    "dataset": ["data.path"],
+    "data_path": ["data.path"],
+    "train_file": ["data.path"],
+    "model_name": ["model.id"],
+    "model_name_or_path": ["model.id"],
+}
+"""What other trainers call it."""
+
+
 def homes(key: str) -> list[str]:
     """Full keys that end in `key` or in one much like it: `trainer.learning_rate` for `lerning_rate`."""
+    if key in ELSEWHERE:
+        return ELSEWHERE[key]
     full = [
         f"{kind}.{f.name}" for kind, base in KINDS.items() if kind not in MANY for f in fields(base) if f.name != "name"
     ]

@@ -11,7 +11,7 @@ from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from ftcore.catalog import nearest
 from ftcore.config import KINDS
 from ftcore.errors import Problem, refuse
-from ftcore.overrides import homes
+from ftcore.overrides import ELSEWHERE, homes
 
 
 def reject_unknown_keys(config: DictConfig) -> None:
@@ -44,7 +44,9 @@ def _problem(key: str, full: str, path: str, node: DictConfig, declared: list[st
     owner = str(node.get("name")) if path and "name" in declared else (path or "a run")
     known = [name for name in declared if name != "name"]
     near, elsewhere = nearest(key, known), homes(key)
-    if near:
+    if key in ELSEWHERE:
+        fix = f"did you mean {' or '.join(elsewhere)}?"
+    elif near:
         fix = f"did you mean {path + '.' if path else ''}{near}?"
     elif elsewhere:
         fix = f"did you mean {' or '.join(elsewhere)}?"

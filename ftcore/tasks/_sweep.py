@@ -31,6 +31,9 @@ VALUED = {"--cfg", "-c", "--package", "-p", "--info", "-i"}
 CHECKED = 64
 """Swept values that are composed beforehand; a longer sweep is checked as it goes."""
 
+PLANNED = 16
+"""Those of them that are planned as well, which may read all rows."""
+
 
 def through_hydra(argv: Sequence[str]) -> None:
     """Hand the words over to Hydra, once every swept value is known to compose.
@@ -47,8 +50,12 @@ def through_hydra(argv: Sequence[str]) -> None:
         if override.key_or_group == "output_dir" and swept and not override.is_sweep_override():
             message = "all runs of a sweep would write into one folder"
             raise Refused(Problem("output_dir", message, "name the folder of the sweep: hydra.sweep.dir=FOLDER"))
-    for single in islice(single_runs(parsed), CHECKED):
+    singles = single_runs(parsed)
+    for single in islice(singles, CHECKED):
         typed(compose(single, folder))
+    if swept and not any(override.is_range_sweep() or override.is_interval_sweep() for override in parsed):
+        for single in islice(singles, PLANNED):
+            _plan(single, singles[0], folder)
     register()
     before = sys.argv
     sys.argv = ["ftcore", *flags, *(["--config-dir", folder] if folder else []), *hydra_overrides(parsed)]
@@ -58,6 +65,16 @@ def through_hydra(argv: Sequence[str]) -> None:
         raise explain(error, words) from error
     finally:
         sys.argv = before
+
+
+def _plan(single: list[str], first: list[str], folder: str | None) -> None:
+    """Find now what would stop a run hours later. Raises Refused, which says in which run."""
+    own = [word for word, usual in zip(single, first, strict=True) if word != usual]
+    try:
+        pipeline.prepare(typed(compose(single, folder)))
+    except Refused as refused:
+        where = f" (in the run with {', '.join(own)})" if own else ""
+        raise Refused(*(replace(p, message=f"{p.message}{where}") for p in refused.problems)) from refused
 
 
 def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 
 from ftcore import catalog, cli
 from ftcore.composition import compose
-from ftcore.config import RunConfig
+from ftcore.config import KINDS, MANY, RunConfig
 from ftcore.errors import Exit, FtcoreError
+from ftcore.overrides import ELSEWHERE
+from ftcore_adapters.lora import Config as LoraConfig
 
 CONFIG, DATA, MISSING = int(Exit.CONFIG), int(Exit.DATA), int(Exit.MISSING_INPUT)
 
@@ -313,6 +315,10 @@ CASES = {
         "adapter.alpha: is 7.0",
         "has 64",
     ),
+    "other-names": wrong(
+        f"{SFT} trainer.num_train_epochs=2", CONFIG, "trainer.num_train_epochs: sft has no key", "mean trainer.epochs?"
+    ),
+    "other-places": wrong(f"{SFT} dataset=good.jsonl", CONFIG, "dataset: is no key of a run", "mean data.path?"),
     "empty-rows": wrong(f"{SFT} data.path=", MISSING, "data.path: is empty", "leave data.path out"),
     "empty-model": wrong(f"{SFT} model.path=", MISSING, "model.path: is empty", "leave model.path out"),
     "empty-folder": wrong(f"{SFT} output_dir=", MISSING, "output_dir: is empty", "leave output_dir out"),
@@ -1053,3 +1059,10 @@ def test_any_value_is_taken_or_refused_in_words(key: str, value: str) -> None:
     else:
         code = Exit.DONE
     assert code in (Exit.DONE, Exit.CONFIG)
+
+
+def test_what_other_trainers_call_a_key_is_one() -> None:
+    keys = {f"{kind}.{f.name}" for kind, base in KINDS.items() if kind not in MANY for f in fields(base)}
+    keys |= {f"adapter.{f.name}" for f in fields(LoraConfig)}
+    named = {place for places in ELSEWHERE.values() for place in places if not place.startswith("+")}
+    assert named <= keys

@@ -81,3 +81,12 @@ def test_runs_of_a_sweep_never_share_a_folder(in_tmp: Path, capsys) -> None:
     assert sweep("+trainer=sft", "output_dir=one") == 2
     assert "hydra.sweep.dir=" in capsys.readouterr().err
     assert list(in_tmp.iterdir()) == []
+
+
+def test_what_would_stop_a_later_run_stops_the_sweep_before_the_first(in_tmp: Path, capsys) -> None:
+    words = ["-m", "+model=smollm2", "model.tiny=true", "+trainer=sft", "trainer.micro_batch=2,3", *FEW]
+    assert cli.run(words) == 2
+    said = capsys.readouterr().err
+    assert "trainer.micro_batch: 3 does not divide" in said
+    assert "(in the run with trainer.micro_batch=3)" in said
+    assert list(in_tmp.iterdir()) == []
