@@ -20,7 +20,6 @@ from ftcore.manager import import_function, selected_options
 from ftcore.resuming import NEVER
 from ftcore.run_state import state_of
 from ftcore.specs import Plan
-from ftcore.training_checkpoint import store
 
 
 @hookimpl(trylast=True)
@@ -176,7 +175,7 @@ def _folders(plan: Plan) -> Iterator[Problem]:
         what = "is no checkpoint of a run" if Path(asked).is_dir() else "does not exist"
         fix = "name a folder such as RUN/checkpoints/checkpoint-50, or write resume=last with output_dir=RUN"
         yield Problem("resume", f"{asked} {what}", fix, Exit.MISSING_INPUT)
-    elif _own_checkpoint(plan) and (newest := max(_steps(plan), default=0)) > store.step_of(Path(asked)):
+    elif _own_checkpoint(plan) and (newest := max(_steps(plan), default=0)) > _step(Path(asked)):
         message = f"{plan.output_dir} has gone on from there, to step {newest}"
         yield Problem("resume", message, "name another output_dir, or go on from there: resume=last")
 
@@ -189,7 +188,11 @@ def _own_checkpoint(plan: Plan) -> bool:
 
 def _steps(plan: Plan) -> list[int]:
     """Those of the run folder's checkpoints."""
-    return [store.step_of(folder) for folder in (plan.output_dir / "checkpoints").glob("checkpoint-*")]
+    return [_step(folder) for folder in (plan.output_dir / "checkpoints").glob("checkpoint-*")]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 RUN_FILES = ("config.yaml", "run.json", "trained", "metrics.jsonl")

@@ -308,7 +308,7 @@ def _with_bias(adapted: nn.Module) -> None:
 def _whole_in_16_bits(plan: Plan) -> Iterator[Problem]:
     """What is trained whole is in 32 bits over float16, and hidden states are not: a new head alone takes both."""
     config = plan.config(Config)
-    if plan.dtype == "float16" and config.modules_to_save and plan.run.trainer is not None:
+    if config.modules_to_save and plan.run.trainer is not None and plan.dtype == "float16":  # the device is asked
         message = f"{', '.join(config.modules_to_save)} would be trained in float16, whose gradients cannot be scaled"
         fix = "use model.dtype=float32, or model.dtype=bfloat16 where the GPU has it, or leave it out"
         yield Problem("adapter.modules_to_save", message, fix)
