@@ -68,8 +68,9 @@ class RowTokenizer:
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, list):
             return self._conversation([*prompt, *completion], row.get("tools"), skip=len(prompt))
-        asked = self._plain(prompt)
-        said = self.tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+        asked, both = self._plain(prompt), self._plain(prompt + completion)
+        # What begins a text, some tokenizers write with a space in front, which the completion does not have.
+        said = both[len(asked) :] if both[: len(asked)] == asked else self._bare(completion)
         return [_with_end(self.tokenizer, asked + said, [IGNORED] * len(asked) + said)]
 
     def _conversation(self, messages: Sequence[Any], tools: Any, skip: int = 0) -> list[tuple[list[int], list[int]]]:
@@ -88,13 +89,17 @@ class RowTokenizer:
     def _plain(self, text: str) -> list[int]:
         """The text as the tokenizer takes it, with one token in front where it puts one there, and none behind."""
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
-        bare: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        bare = self._bare(text)
         front = len(ids) - len(bare)
         while front > 0 and ids[front : front + len(bare)] != bare:
             front -= 1
         ids = ids[: front + len(bare)]
         begin = self.tokenizer.bos_token_id
         return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
+
+    def _bare(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
 
     def _given(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         ids = list(row["input_ids"])

@@ -131,3 +131,19 @@ def test_the_byte_tokenizer_keeps_any_text() -> None:
     text = "Grüße, 世界! \t\n🦙"
     assert TOKENIZER.decode(TOKENIZER(text)["input_ids"]) == text
     assert max(TOKENIZER.get_vocab().values()) == 258
+
+
+def test_a_completion_gets_no_space_that_begins_a_text() -> None:
+    """As Llama 2's and Mistral's tokenizers put one there."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate("▁Q:xNo2+=4\n")}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    inner.add_special_tokens(["</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    for prompt, completion in (("Q:x\n", "No"), ("2+2=", "4"), ("2+2=", " 4")):
+        row = tokenize_row(tokenizer, {"prompt": prompt, "completion": completion}, "prompt_completion", 100)
+        said = [token for token in row["labels"] if token != IGNORED]
+        assert tokenizer.convert_ids_to_tokens(said) == [*completion.replace(" ", "▁"), "</s>"]
+        assert row["input_ids"][:-1] == tokenizer(prompt + completion)["input_ids"]

@@ -20,6 +20,7 @@ from ftcore_kernels.decoding.modules import Own
 from ftcore_kernels.decoding.recording import fixed_rope, other_angles, recordable
 from ftcore_kernels.decoding.requests import Request
 from ftcore_kernels.decoding.run import Run
+from ftcore_kernels.layers.experts.products import one_by_one
 from ftcore_kernels.layers.uncovered import Uncovered
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -63,7 +64,9 @@ class Engine:
         """Why the model's own layers compute, where they do."""
         self.rows = 0
         """Completions that the last call wrote, or tried to write, at a time."""
-        self.may_record = recordable(base.config, self._device)
+        self.may_record = recordable(base.config, self._device) and not (
+            any(role.name == "experts" for role in roles) and one_by_one(self._device, self._dtype)
+        )
         """Whether a step may be a CUDA graph, until it turns out that it may not."""
         self.other_angles = other_angles(base.config)
         """Tokens beyond which a row's keys would have to be computed again."""

@@ -64,13 +64,19 @@ def by_groups(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Ten
     return out
 
 
+def one_by_one(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether groups are multiplied one after the other whatever their sizes, which the host is asked for then.
+
+    Such a pass cannot be recorded, and one that is begun to be leaves torch's allocator in the middle of it.
+    """
+    return device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0)
+
+
 def _at_once(*tensors: torch.Tensor) -> bool:
-    first = tensors[0]
-    if first.device.type != "cuda" or torch.cuda.get_device_capability(first.device) < (8, 0):
+    if any(one_by_one(t.device, t.dtype) for t in tensors):
         return False
     return all(
-        t.dtype == torch.bfloat16
-        and t.numel() > 0
+        t.numel() > 0
         and t.data_ptr() % ALIGNED == 0
         and max(t.shape[-2:]) > 1
         and all(stride == 1 or stride * t.element_size() % ALIGNED == 0 for stride in t.stride())
