@@ -204,6 +204,8 @@ def _one_line(error: Exception) -> str:
 
 
 def _recorded(parsed: Sequence[Override]) -> Path | None:
+    if any(o.key_or_group == "run" and o.is_sweep_override() for o in parsed):
+        raise Refused(Problem("run", "names several runs", "name one, in a command of its own"))
     runs = [str(o.value()) for o in parsed if o.key_or_group == "run" and o.value() is not None]
     if not runs:
         return None

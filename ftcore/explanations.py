@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -38,7 +39,10 @@ def explain_grammar(text: str, error: Exception) -> Refused:
         quoted = "[" + ",".join(f'"{item}"' for item in items) + "]"
     else:
         quoted = '"' + value.strip("\"'") + '"'
-    return Refused(Problem(key.lstrip("+~"), f"cannot be read: {text}", f"quote it: '{key}={quoted}'"))
+    fix = f"quote it: {shlex.quote(f'{key}={quoted}')}"
+    if value.startswith("[") and value.count("[") != value.count("]"):
+        fix = "close every bracket, and quote the whole word for the shell"
+    return Refused(Problem(key.lstrip("+~"), f"cannot be read: {text}", fix))
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> FtcoreError:
@@ -93,7 +97,8 @@ def _composition(text: str, overrides: Sequence[str]) -> Problem | None:
         )
     if found := re.search(r"Ambiguous value for argument '(.*)'", text):
         key, _, value = found[1].lstrip("+").partition("=")
-        quote = "name one of them" if key in KINDS else f"quote it: '{key}=\"{value}\"'"
+        word = shlex.quote(f'{key}="{value}"')
+        quote = "name one of them" if key in KINDS else f"quote it: {word}"
         return Problem(key, f"several values make a sweep: {value}", f"{quote}; or add -m for a sweep")
     return None
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ftcore import checkpoint
-from ftcore.errors import Problem
+from ftcore.errors import Problem, Refused
 from ftcore.specs import Plan
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ def grow(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Seq
     new = add(tokenizer, tokens)
     if not new:
         return
+    rows = {table.shape[0] for table in _tables(model)}
+    if len(tokenizer) > min(rows) and len(rows) > 1:
+        message = f"the embedding and the head have {max(rows)} and {min(rows)} rows, so that they do not grow together"
+        raise Refused(Problem(KEY, message, "leave it out"))
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         # Some checkpoints have spare rows; the others get just as many as are needed.
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -103,5 +107,10 @@ def trained_rows(plan: Plan, model: PreTrainedModel, whole: Sequence[str] = ()) 
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is None or head.weight is embedding.weight
     names = {id(module): name for name, module in model.named_modules()}
+    both = {names[id(module)].rpartition(".")[2] for module in (embedding, head) if module is not None}
+    if tied and len(both & set(whole)) == 1 < len(both):
+        message = f"{' and '.join(sorted(both))} are one table of this model, and with new tokens both are trained"
+        fix = f"write adapter.modules_to_save=[{','.join(sorted(both))}], or leave it out: new rows are trained anyway"
+        raise Refused(Problem("adapter.modules_to_save", message, fix))
     modules = [names[id(module)] for module in (embedding, *([] if tied else [head]))]
     return {name: sorted(ids) for name in modules if name.rpartition(".")[2] not in whole}

@@ -94,6 +94,9 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             fix = "settings are written key=value; -m makes a sweep"
             raise Refused(Problem(word, "is no option of ftcore", fix))
+    names = {flag.partition("=")[0] for flag in flags}
+    if (alone := names & {"--resolve", "--package", "-p"}) and not names & {"--cfg", "-c"}:
+        raise Refused(Problem(min(alone), "is about a config that is shown", "add --cfg job, or leave it out"))
     return flags, rest
 
 

@@ -106,7 +106,7 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
         fix = f"did you mean '{near}'?" if near else f"known: {', '.join(modules)}"
         found.append(Problem("adapter.modules_to_save", f"the family has no module '{strange[0]}'", fix))
     found += _frozen_embeddings(plan)
-    found += _whole_in_16_bits(plan)
+    found += [] if found else _whole_in_16_bits(plan)  # which asks the device
     found += _whole_and_quantized(plan)
     if config.init in (Init.pissa, Init.olora) and plan.run.quantizer:
         found.append(

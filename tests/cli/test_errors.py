@@ -315,6 +315,11 @@ CASES = {
         "adapter.alpha: is 7.0",
         "has 64",
     ),
+    "package-of-nothing": wrong(f"{SFT} --package foo", CONFIG, "--package: is about a config", "add --cfg job"),
+    "a-quote": wrong(
+        f'{SFT} "data.path=it\'s.jsonl"', CONFIG, "data.path: cannot be read", """'data.path="it'"'"'s.jsonl"'"""
+    ),
+    "open-bracket": wrong(f"""{SFT} 'prompts=["a","b"'""", CONFIG, "prompts: cannot be read", "close every bracket"),
     "other-names": wrong(
         f"{SFT} trainer.num_train_epochs=2", CONFIG, "trainer.num_train_epochs: sft has no key", "mean trainer.epochs?"
     ),

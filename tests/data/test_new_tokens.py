@@ -120,3 +120,17 @@ def test_the_plan_counts_them_and_rows_use_them(in_tmp: Path, capsys: pytest.Cap
 def test_bad_tokens_are_refused(words: str, reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         loaded(TIED, f"model.new_tokens={words}")
+
+
+@pytest.mark.parametrize("one", ["lm_head", "embed_tokens"])
+def test_one_half_of_a_tied_table_is_not_trained_whole(one: str) -> None:
+    with pytest.raises(Refused, match=r"embed_tokens and lm_head are one table") as found:
+        loaded(TIED, NEW, f"adapter.modules_to_save=[{one}]")
+    assert "modules_to_save=[embed_tokens,lm_head]" in found.value.problems[0].fix
+    assert loaded(TIED, NEW, "adapter.modules_to_save=[embed_tokens,lm_head]").model
+    assert loaded(UNTIED, NEW, f"adapter.modules_to_save=[{one}]").model
+
+
+def test_tables_that_do_not_grow_together_are_refused() -> None:
+    with pytest.raises(Refused, match=r"do not grow together"):
+        loaded("+model=mllama", NEW)
