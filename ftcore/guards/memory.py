@@ -4,8 +4,8 @@ After an out-of-memory error the gradients of the step so far are thrown away an
 each in parts of half as many rows: nothing is half applied. A loss that is a sum by a number of the whole step is a sum
 of its parts already; one that is a mean over rows is weighted by each part's share of them. The number of rows that fit
 is kept for the rest of the run, and in events.jsonl for the run that goes on from it. No pass is counted twice in what
-is logged. Dropout draws other masks for
-parts than it would for the whole; nothing else is other than without the error, but for the rounding of sums.
+is logged. Dropout draws other masks for parts than it would for the whole; nothing else is other than without the
+error, but for the rounding of sums.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class SafeCheckpoints:
             state = tree.read(Path(checkpoint), "optimizer")
             for group, made in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
                 group |= {name: made[name] for name in HOW if name in made}
-            peaks = [group["initial_lr"] for group in self.optimizer.param_groups]
+            peaks = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state)
             setattr(self.model, STATE_READ, True)
             self.lr_scheduler.load_state_dict(tree.read(Path(checkpoint), "scheduler"))

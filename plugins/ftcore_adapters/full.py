@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ftcore import AdapterConfig, Plan, Problem, hookimpl
 from ftcore.checkpoint import read_config
 from ftcore.parameter_groups import PLAIN, no_lora
+from ftcore_adapters._rounding import say_lost
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,4 +47,5 @@ def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
     model.requires_grad_(True)
     for path in plan.family.frozen:
         model.get_submodule(path).requires_grad_(False)
+    say_lost(plan, model)
     return model

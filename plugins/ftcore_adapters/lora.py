@@ -17,6 +17,7 @@ from ftcore.parts import PARTS, parts_pattern
 from ftcore.vocabulary import trained_rows
 from ftcore_adapters import _loftq
 from ftcore_adapters._heads import TASKS, inside, new_modules
+from ftcore_adapters._rounding import say_lost
 
 if TYPE_CHECKING:
     from torch import nn
@@ -255,6 +256,7 @@ def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
         loaded: nn.Module = PeftModel.from_pretrained(model, config.path, is_trainable=True)
         _in_float32(loaded, plan)
         _with_bias(loaded)
+        say_lost(plan, loaded)
         return loaded
     set_seed(plan.run.trainer.seed if plan.run.trainer else 0)
     parameters = _parameters(plan)
@@ -283,6 +285,7 @@ def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
     )
     _in_float32(adapted, plan)
     _with_bias(adapted)
+    say_lost(plan, adapted)
     if config.init is Init.loftq:
         _loftq.start(adapted, plan)
     return adapted

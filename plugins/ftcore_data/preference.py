@@ -61,7 +61,8 @@ def check(row: Row) -> str | None:
     if column is not None and _tell_all(row) and not _begin_with(row, column):
         message = f"'chosen' and 'rejected' begin neither with the assistant nor with what '{column}' says"
         return f"{message}\ngive the answers alone, or take the column '{column}' out"
-    return check_system(row, row["chosen"] if column is None else row[column]) or check_tools(row)
+    told = row["chosen"] if column is None or _tell_all(row) else row[column]
+    return check_system(row, told) or check_tools(row)
 
 
 def convert(row: Row) -> dict[str, Any]:

@@ -69,6 +69,11 @@ def test_answers_that_begin_with_something_else_are_refused(row: dict[str, Any])
     assert "begin neither with the assistant nor with what 'prompt' says" in (preference.check(row) or "")
 
 
+def test_the_system_s_words_are_told_once() -> None:
+    row = {"prompt": "Hi", "chosen": [SYSTEM, USER, ANSWER], "rejected": [SYSTEM, USER, OTHER]}
+    assert "a system message as well" in (preference.check(row | {"system": "Be long."}) or "")
+
+
 TALK = [USER, ANSWER]
 TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,17 @@ def test_new_tokens_without_kernels(tmp_path: Path) -> None:
     words = ["+model=llama", "model.tiny=true", "kernels=[]", "model.new_tokens=[zork]", "+trainer=sft", "prompts=[]"]
     result = ftcore.run([*words, "trainer.max_steps=1", f"output_dir='{tmp_path / 'run'}'"])
     assert result.metrics["train_loss"] > 0
+
+
+@pytest.mark.parametrize("words", ["adapter=full", "adapter.modules_to_save=[lm_head]"])
+def test_steps_that_bfloat16_does_not_take_are_said(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*more: str) -> str:
+        runs.loaded(["+model=llama", "model.tiny=true", "+trainer=sft", words, *more])
+        return " ".join(capsys.readouterr().out.split())
+
+    assert re.search(
+        r"of those \d+% are changed by a step at a rate of 1e-06",
+        said("model.dtype=bfloat16", "trainer.learning_rate=1e-6"),
+    )
+    assert "changed by a step" not in said("model.dtype=bfloat16", "trainer.learning_rate=1e-2")
+    assert "changed by a step" not in said("model.dtype=float32", "trainer.learning_rate=1e-6")

@@ -23,8 +23,10 @@ def recorded(step: Callable[[], None]) -> Callable[[], None]:
     here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     try:
-        # Torch's own stream for this is of the device that recorded first. Other threads may pin memory meanwhile.
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+        usual = torch.cuda.graph.default_capture_stream  # of the device that recorded first
+        stream = aside if usual is not None and usual.device != here.device else None
+        # Other threads may pin memory meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             step()
     finally:
         torch.cuda.set_stream(here)  # where it fails, torch stays on the stream that it recorded
