@@ -18,6 +18,8 @@ from ftcore.errors import Exit, Problem, Refused
 
 Array = Any
 """A numpy array."""
+LOUDEST = 4.0
+"""Samples beyond this are whole numbers: nothing is recorded so far beyond 1."""
 INSTALL = "pip install soundfile, or convert it: ffmpeg -i IN -ac 1 OUT.wav"
 
 
@@ -43,8 +45,8 @@ def length(audio: Any) -> tuple[int, float]:
 def read(audio: Any) -> tuple[Array, int]:
     """Samples in float32 from -1 to 1, the mean of the channels, and how many there are a second.
 
-    :param audio: A path, bytes, `{path}` or `{bytes}`, `{array, sampling_rate}` with samples `[n]` or `[channels, n]`,
-        or a decoder as `datasets` gives it.
+    :param audio: A path, bytes, `{path}` or `{bytes}`, `{array, sampling_rate}` with samples `[n]`, `[channels, n]` or
+        `[n, channels]`, or a decoder as `datasets` gives it.
 
     Raises Refused for a recording that cannot be read.
     """
@@ -53,7 +55,11 @@ def read(audio: Any) -> tuple[Array, int]:
         return _mono(decoded.data.numpy().T), int(decoded.sample_rate)
     if _in_memory(audio):
         samples = np.asarray(audio["array"], dtype=np.float32)
-        return _mono(samples.T if samples.ndim == 2 else samples), int(audio["sampling_rate"])
+        if samples.size and (loudest := float(np.abs(samples).max())) > LOUDEST:
+            message = f"samples of a recording reach {loudest:g}, and lie from -1 to 1"
+            raise Refused(Problem("data", message, "divide them, those of 16 bits by 32768", Exit.DATA))
+        wide = samples.ndim == 2 and samples.shape[0] < samples.shape[1]  # a recording has fewer channels than samples
+        return _mono(samples.T if wide else samples), int(audio["sampling_rate"])
     source = _source(audio)
     if (module := _soundfile()) is None:
         return _read_wave(source)
@@ -89,7 +95,10 @@ def _wave(source: Any) -> wave.Wave_read:
 def _read_wave(source: Any) -> tuple[Array, int]:
     with _wave(source) as file:
         width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-        data = np.frombuffer(file.readframes(file.getnframes()), dtype=np.uint8).reshape(-1, width)
+        said = file.readframes(file.getnframes())
+        if len(said) != file.getnframes() * width * channels:
+            raise Refused(Problem("data", "the recording ends before its time", "copy or record it again", Exit.DATA))
+        data = np.frombuffer(said, dtype=np.uint8).reshape(-1, width)
     if width == 1:  # the only width without a sign
         samples = data[:, 0].astype(np.float32) / 128 - 1
     else:

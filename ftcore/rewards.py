@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ftcore.columns import renamed
 from ftcore.config import ScoringConfig
 from ftcore.errors import Problem, Refused
 from ftcore.manager import import_function
@@ -182,7 +183,7 @@ def first_row(plan: Plan) -> Row | None:
         return None
     try:
         files = local_files(sources(data.path or form.sample)[0])
-        _, row = next(iter_rows(files[0])) if files else ("", None)
+        _, row = next(renamed(iter_rows(files[0]), data.columns)) if files else ("", None)
     except (Refused, StopIteration):
         return None
     if row is None or import_function(form.check, "data")(row) is not None:

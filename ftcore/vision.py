@@ -230,7 +230,11 @@ class ImageRowTokenizer(RowTokenizer):
     def _expansion(self, image: Image) -> str:
         """What the processor writes for an image: it asks for its size alone."""
         if image.size not in self._expansions:
-            made = self._processor(images=[image], text=[self._vision.mark], add_special_tokens=False)
+            try:
+                made = self._processor(images=[image], text=[self._vision.mark], add_special_tokens=False)
+            except ValueError as error:  # such as of a side 200 times as long as the other
+                message = f"the model does not read an image of {image.width} x {image.height} pixels: {error}"
+                raise Refused(Problem("data", message, "crop it, or take the row out", Exit.DATA)) from error
             ids = [int(token) for token in made["input_ids"][0]]
             text = str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
             if self.tokenizer(text, add_special_tokens=False)["input_ids"] != ids:

@@ -213,7 +213,12 @@ def _same_run(plan: Plan) -> Iterator[Problem]:
     steps = _steps(plan)
     limit = plan.run.trainer.max_steps if plan.run.trainer else -1
     # One that was stopped after its last step has yet to measure, save and export.
-    if steps and 0 < limit <= max(steps) and state_of(plan.output_dir) == "done":
+    if (
+        plan.run.resume.checkpoint == "last"
+        and steps
+        and 0 < limit <= max(steps)
+        and state_of(plan.output_dir) == "done"
+    ):
         message = f"is {limit}, and the run has done {max(steps)} steps already"
         yield Problem("trainer.max_steps", message, "give a larger number")
 

@@ -60,6 +60,9 @@ def ftcore_train(plan: Plan, trainer: Trainer) -> TrainReport:
             output = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         if watch.told:
             raise watch.left(plan.output_dir, trainer.state.global_step)
+        if not trainer.state.global_step:
+            message = "the rows do not fill one batch, so that no step was made"
+            raise Refused(Problem("trainer.global_batch", message, "give more rows, or make it smaller", Exit.DATA))
         refuse_non_finite("what was trained", trainer.model)  # also of a trainer without ftcore's guards
         metrics |= {"train_loss": output.training_loss, "train_seconds": output.metrics.get("train_runtime", 0.0)}
         if skipped := output.metrics.get("skipped_steps"):

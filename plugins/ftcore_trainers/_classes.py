@@ -119,13 +119,18 @@ class LabelledTexts:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the inputs and `labels`.
 
-        Raises Refused for a label that is no class: rows that no plan has seen.
+        Raises Refused for a label that is no class, or several where there is one: rows that no plan has seen.
         """
         import torch
+
+        from ftcore import Refused
 
         pairs = [row.get("text_pair") or "" for row in rows]
         batch = self.encode([row["text"] for row in rows], pairs if any(pairs) else None)
         numbers = [[self._index(label) for label in each(row["label"])] for row in rows]
+        if not self.several and any(len(of_row) != 1 for of_row in numbers):
+            message = "a row has a list of classes, and a row of this run has one"
+            raise Refused(Problem("trainer.multi_label", message, "set trainer.multi_label=true", Exit.DATA))
         return batch | {"labels": self._several(numbers) if self.several else torch.tensor([n[0] for n in numbers])}
 
     def _several(self, numbers: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ftcore import Plan, Problem
+from ftcore import Plan, Problem, Refused
 from ftcore.errors import Exit
 from ftcore_trainers._encoded import Encoder
 from ftcore_trainers._local_rows import converted
@@ -50,10 +50,14 @@ class Pairs:
         """Return the inputs of each part by name, and `labels`: scores `[rows]` or the numbers of the rows.
 
         Beside pairs without scores stands `same [rows, rows]`: where another row has the very same second text.
+        Raises Refused for a score that no cosine has: rows that no plan has seen.
         """
         import torch
 
         if rows[0].get("score") is not None:
+            if (most := max(abs(float(row["score"])) for row in rows)) > 1:
+                message = f"a row has a score of {most:g} in size, and a cosine is at most 1"
+                raise Refused(Problem("data", message, "divide the scores by the largest one", Exit.DATA))
             batch = {FIRST: self._all(rows, "sentence1"), SECOND: self._all(rows, "sentence2")}
             return batch | {"labels": torch.tensor([float(row["score"]) for row in rows])}
         texts = [row["positive"] for row in rows]

@@ -61,6 +61,8 @@ class Rollouts(WritesAhead, LeanLoop):
     prepares = True
     repeatable = False
     _step: int
+    _buffered_inputs: list[Any] | None
+    _sampler: Any = None
     num_iterations: int
     kept = (*LeanLoop.kept, "_step", "_buffered_inputs")
 
@@ -78,6 +80,28 @@ class Rollouts(WritesAhead, LeanLoop):
         whole = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
         # Several processes have a rollout each, and one checkpoint: they make theirs anew, as TRL does.
         return self.kept[:-1] if whole or self.args.world_size > 1 else self.kept
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As the trainer's own; the run may go on with other micro-batches, which are what `_step` counts."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+            if self._buffered_inputs is not None and len(self._buffered_inputs) != self.args.steps_per_generation:
+                self._buffered_inputs = None
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        self._sampler = super()._get_train_sampler(*args, **kwargs)  # type: ignore[misc]
+        return self._sampler
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As the trainer's own; TRL's sampler draws the order of a pass as it begins, those of past ones as well."""
+        import torch
+
+        passes, batches = super()._init_training_state(*args, **kwargs)
+        generator = getattr(self._sampler, "generator", None)
+        for _ in range(passes if generator is not None else 0):
+            torch.randperm(self._sampler.num_samples, generator=generator)
+        return passes, batches
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's, which counts micro-batches here, not the passes that one takes."""

@@ -206,3 +206,17 @@ def test_accuracy_and_macro_f1() -> None:
     several, wanted = np.array([[1, 0], [1, 1]]), np.array([[1, 0], [0, 1]])
     assert accuracy(several, wanted) == 0.5
     assert macro_f1(several, wanted) == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_rows_that_no_plan_has_seen_have_no_classes_beyond_the_first(tmp_path: Path) -> None:
+    from ftcore.errors import Refused
+    from ftcore_trainers._classes import LabelledTexts
+
+    def encode(texts: Sequence[str], pairs: Any = None) -> dict[str, Any]:
+        return {"input_ids": torch.zeros(len(texts), 1)}
+
+    one = LabelledTexts(encode, ["a", "b"], several=False)
+    assert one([{"text": "x", "label": "b"}])["labels"].tolist() == [1]
+    for label in (["a", "b"], []):
+        with pytest.raises(Refused, match=r"trainer\.multi_label"):
+            one([{"text": "x", "label": label}])

@@ -160,3 +160,14 @@ def test_a_whole_batch_is_each_others_negatives(tmp_path: Path) -> None:
         _, plan = runs.prepared([*TINY, f"data.path='{path}'", *words])
         assert plan.run.trainer is not None
         assert plan.run.trainer.micro_batch == rows
+
+
+def test_scores_that_no_plan_has_seen_are_such_as_a_cosine_has() -> None:
+    from ftcore.errors import Refused
+    from ftcore_trainers._pairs import Pairs
+
+    collate = Pairs(lambda texts: {"input_ids": torch.zeros(len(texts), 1)})
+    row = {"sentence1": "a", "sentence2": "b"}
+    assert collate([row | {"score": -1.0}])["labels"].tolist() == [-1.0]
+    with pytest.raises(Refused, match=r"a score of 4\.5 in size"):
+        collate([row | {"score": 0.5}, row | {"score": 4.5}])

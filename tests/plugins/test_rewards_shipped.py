@@ -31,6 +31,42 @@ def test_math() -> None:
     assert values("math", ["7"], answer="no mathematics here") == [None]
 
 
+def test_math_judges_the_answer_and_not_the_thoughts() -> None:
+    texts = [
+        "<think>7 + 5 = 12</think><answer>49</answer>",
+        "<think>7 + 5, or is it 13?</think><answer>12</answer>",
+        "<think>Add them.</think>\n<answer>\n$12$\n</answer>",
+        "<answer>13</answer> No: <answer>12</answer>",
+        "<think>It is 12.</think> 13",
+        "<think>13?</think> It is 12.",
+        "<final>12</final>",
+    ]
+    assert values("math", texts, answer="12") == [0, 1, 1, 1, 0, 1, 0]
+    assert values("math", ["<final>12</final> 3"], "reward.math.tag=final", answer="12") == [1]
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("x + 1", "$x+1$", "1"),
+        ("5 - 2i", "$5-2i$", "2"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"$(3, \frac{\pi}{2})$", "3"),
+        ("So it is 72 km.", "72", "71"),
+        (r"12 \text{ miles}", "12", "13"),
+    ],
+)
+def test_math_reads_the_row_s_answer_whole(answer: str, right: str, wrong: str) -> None:
+    assert values("math", [right, wrong], answer=answer) == [1, 0]
+
+
+def test_rewards_are_checked_on_renamed_columns(in_tmp: Path) -> None:
+    Path("rows.jsonl").write_text('{"question": "7 + 5?", "solution": "12"}\n')
+    words = [*runs.TINY, "+trainer=grpo", "+reward=[math]", "data.path=rows.jsonl"]
+    assert runs.prepared([*words, "data.columns.answer=solution"])
+    (problem,) = runs.refusals(words)
+    assert problem.key == "reward.math.column"
+
+
 def test_format() -> None:
     good = "<think>a\nb</think>\n<answer>4</answer>"
     texts = [good, f" {good} ", f"So: {good}", good * 2, "<answer>4</answer>", "4"]

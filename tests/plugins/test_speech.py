@@ -175,6 +175,25 @@ def test_recordings_as_path_bytes_and_samples(width: int, channels: int, tmp_pat
     assert np.allclose(read({"array": np.stack([samples, -samples]), "sampling_rate": 8000})[0], 0)
 
 
+def test_samples_that_are_not_what_they_seem() -> None:
+    pairs = np.stack([np.zeros(1000), np.full(1000, 0.5)], axis=1)
+    assert np.allclose(read({"array": pairs, "sampling_rate": 8000})[0], np.full(1000, 0.25))
+    with pytest.raises(Refused, match=r"reach 1544, and lie from -1 to 1"):
+        read({"array": [0, 812, -1544], "sampling_rate": 8000})
+
+
+def test_a_recording_that_was_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ftcore.audio._soundfile", lambda: None)
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(2), out.setsampwidth(2), out.setframerate(8000)
+        out.writeframes(b"\0" * 4000)
+    assert len(read(file.getvalue())[0]) == 1000
+    for missing in (1, 3, 400):
+        with pytest.raises(Refused, match="ends before its time"):
+            read(file.getvalue()[:-missing])
+
+
 def test_rows_with_samples_train(tmp_path: Path) -> None:
     rows = [{"audio": {"array": tone(0.2).tolist(), "sampling_rate": RATE}, "text": word} for word in ("one", "two")]
     words = [*TINY, *SHORT, "trainer.global_batch=2", f"data.path='{written(tmp_path, rows)}'"]

@@ -303,3 +303,18 @@ def test_preview_shows_what_is_trained(tmp_path: Path, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert f"[[{ANSWER}<|im_end|>]]" in out
     assert out.count("<|image_pad|>") == 6  # 64 x 96 pixels become 2 x 3 patches of 28
+
+
+def test_an_image_that_the_model_does_not_read_is_said_of_its_row(tmp_path: Path) -> None:
+    file = write(tmp_path, row("a"), row("line"))
+    Image.new("RGB", (2000, 8)).save(tmp_path / "media" / "line.png")
+    words = [
+        *tiny("qwen2_vl"),
+        "+trainer=sft",
+        "data=images",
+        f"data.path='{file}'",
+        f"output_dir='{tmp_path / 'run'}'",
+    ]
+    with pytest.raises(Refused, match=r"does not read an image of 2000 x 8 pixels") as found:
+        ftcore.run(words)
+    assert found.value.problems[0].key == f"{file}:2"

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import ftcore
 from ftcore.catalog import installed
@@ -142,6 +144,25 @@ def test_a_run_that_goes_on_is_the_unbroken_run(trainer: str, tmp_path: Path) ->
 def test_weights_that_are_published_under_other_names_are_read_back(family: str, tmp_path: Path) -> None:
     words = words_of("sft", tmp_path, "adapter=full")
     assert gone_on(tmp_path, [f"+model={family}", *words[1:]], 1) == {1: []}
+
+
+@pytest.mark.parametrize("trainer", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stop", [2, 3], ids=["between rollouts", "within a rollout"])
+def test_a_rollout_is_learnt_from_as_before_by_other_micro_batches(trainer: str, stop: int, tmp_path: Path) -> None:
+    words = words_of(trainer, tmp_path, "trainer.global_batch=4", "trainer.optimizer=sgd", "trainer.learning_rate=1.0")
+    words = [word for word in words if not word.startswith("trainer.micro_batch=")]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Say a."}\n{"prompt": "Say b."}\n', encoding="utf-8")
+    ftcore.run([*words, "trainer.micro_batch=4", f"output_dir='{tmp_path / 'whole'}'"], plugins=[VariedReward()])
+    whole, broken = tmp_path / "whole" / "checkpoints", tmp_path / "broken" / "checkpoints"
+    shutil.copytree(whole / f"checkpoint-{stop}", broken / f"checkpoint-{stop}")
+    more = ["trainer.micro_batch=2", f"output_dir='{broken.parent}'", "resume=last"]
+    ftcore.run([*words, *more], plugins=[VariedReward()])
+    one, other = (load_file(place / f"checkpoint-{STEPS}" / "adapter_model.safetensors") for place in (whole, broken))
+    before = load_file(whole / f"checkpoint-{stop}" / "adapter_model.safetensors")
+    assert max(float((one[name] - before[name]).abs().max()) for name in one) > 1e-4
+    if stop == 2:  # within one, another is drawn
+        for name, weight in one.items():
+            assert torch.allclose(weight, other[name], atol=1e-5), name
 
 
 def test_a_checkpoint_without_some_of_the_weights_is_refused(tmp_path: Path) -> None:
