@@ -54,6 +54,24 @@ def write(folder: Path, size: int) -> None:
     (folder / POOLING / "config.json").write_text(json.dumps(pooling, indent=2) + "\n", encoding="utf-8")
 
 
+def folder_of(plan: Plan) -> Path | None:
+    """Where a checkpoint says how it pools: its folder, or the hub's copy of that file; None where nothing is said."""
+    from huggingface_hub import hf_hub_download
+
+    model = plan.run.model
+    assert model is not None
+    source = checkpoint.find(model, plan.family)
+    if source.kind == "path":
+        return Path(source.name)
+    if source.kind != "hub":
+        return None
+    try:
+        file = hf_hub_download(model.id, f"{POOLING}/config.json", revision=model.revision, etag_timeout=5)
+    except Exception:  # it has none, or the hub cannot be reached: the network's errors are many
+        return None
+    return Path(file).parent.parent
+
+
 def other_pooling(folder: Path) -> str | None:
     """How a checkpoint folder says that it pools, if that is not by the mean."""
     file = folder / POOLING / "config.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftcore import Plan, Problem, Refused, Shape, TrainerConfig, TrainerSpec, hookimpl
@@ -60,15 +59,16 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
     """The family has the model, the checkpoint pools by the mean, and the rows are of one kind."""
     from ftcore_trainers._heads import check_head
     from ftcore_trainers._pairs import problems
-    from ftcore_trainers._pooling import other_pooling
+    from ftcore_trainers._pooling import folder_of, other_pooling
 
     assert plan.run.model is not None
     config, found = plan.config(Config), [*check_head(plan, "MODEL_MAPPING_NAMES")]
     if config.scale <= 0:
         found.append(Problem("trainer.scale", f"is {config.scale}", "give a number above 0; 20 is usual"))
-    if plan.run.model.path and (other := other_pooling(Path(plan.run.model.path))):
-        message = f"{plan.run.model.path} pools by {other}, and +trainer=embed by the mean of the tokens"
-        found.append(Problem("model.path", message, "use a checkpoint that pools by the mean"))
+    if (folder := folder_of(plan)) and (other := other_pooling(folder)):
+        key = "model.path" if plan.run.model.path else "model.id"
+        message = f"{plan.run.model.path or plan.run.model.id} pools by {other}, and +trainer=embed by the mean"
+        found.append(Problem(key, f"{message} of the tokens", "use a checkpoint that pools by the mean"))
     if plan.format is None or plan.format.shape != Shape.PAIRS:
         return found
     try:

@@ -154,6 +154,24 @@ def test_a_checkpoint_that_pools_otherwise_is_refused(tmp_path: Path) -> None:
     assert ["pools by cls_token" in problem.message for problem in runs.refusals(words)] == [True]
 
 
+def test_a_checkpoint_of_the_hub_that_pools_otherwise_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    modes = {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False}
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(modes), encoding="utf-8")
+    asked: list[tuple[str, str]] = []
+
+    def download(name: str, file: str, **_: Any) -> str:
+        asked.append((name, file))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    problems = runs.refusals(["+model=bert", "model.id=someone/pools-by-the-last", "+trainer=embed"])
+    assert [p.key for p in problems if "pools by lasttoken" in p.message] == ["model.id"]
+    assert ("someone/pools-by-the-last", "1_Pooling/config.json") in asked
+
+
 def test_a_whole_batch_is_each_others_negatives(tmp_path: Path) -> None:
     path = written(tmp_path, pairs())
     for words, rows in ((["trainer.global_batch=24"], 24), (["trainer.global_batch=24", "trainer.micro_batch=6"], 6)):
