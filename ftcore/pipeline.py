@@ -128,7 +128,7 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         after = answers.to(prompts, continues)
         watch.lap("answers_after")
 
-        folder.save_trained(loaded)
+        folder.save_trained(loaded, trainer)
         artifacts = export(hooks, loaded)
         watch.lap("export")
         result = RunResult(

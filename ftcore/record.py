@@ -22,7 +22,7 @@ from ftcore.drift import fingerprints
 from ftcore.errors import Exit, FtcoreError
 from ftcore.locks import held
 from ftcore.paths import claim_run_dir, whole_folder
-from ftcore.specs import Loaded, PatchReport, Plan, RunResult, TrainReport
+from ftcore.specs import KeepsBeside, Loaded, PatchReport, Plan, RunResult, TrainReport
 
 TRAINED = "trained"
 """Folder with the adapter, or the full model, that a run trained."""
@@ -109,12 +109,15 @@ class RunFolder:
         for skip in patches.skipped:
             report.note(f"  no kernel for {skip.role} ({skip.module}): {skip.reason}")
 
-    def save_trained(self, loaded: Loaded) -> None:
-        """Keep the adapter, or the full model, and the tokenizer: what `run=FOLDER` loads again."""
+    def save_trained(self, loaded: Loaded, trainer: Any) -> None:
+        """Keep the adapter, or the full model, the tokenizer, and what the trainer has beside: what `run=FOLDER` loads
+        again."""
         model: Any = loaded.model
         with whole_folder(self._path / TRAINED) as folder:
             model.save_pretrained(folder)
             loaded.tokenizer.save_pretrained(folder)
+            if isinstance(trainer, KeepsBeside):
+                trainer.save_beside(folder)
 
     def finish(self, result: RunResult, trained: TrainReport) -> None:
         """Record and print the outcome."""

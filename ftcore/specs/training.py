@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -147,6 +148,19 @@ class Batching(Protocol):
     @property
     def at_once(self) -> int:
         """Prompts that it completes at once, if the memory is there; 1 or more."""
+        ...
+
+
+@runtime_checkable
+class KeepsBeside(Protocol):
+    """A trainer that trains more than the model, such as a value head, of which its evaluation makes use."""
+
+    def save_beside(self, folder: Path) -> None:
+        """Write it into the folder of the trained model."""
+        ...
+
+    def load_beside(self, folder: Path) -> None:
+        """Take what `save_beside` wrote; nothing changes where there is nothing."""
         ...
 
 

@@ -16,10 +16,11 @@ from ftcore import pipeline
 from ftcore.config import RunConfig
 from ftcore.errors import Problem, Refused
 from ftcore.manager import Hooks
+from ftcore.record import TRAINED
 from ftcore.report import heading, note, table
 from ftcore.rewards import guarded
 from ftcore.rows import local_files
-from ftcore.specs import Plan
+from ftcore.specs import KeepsBeside, Plan
 from ftcore.tasks._config import config_of
 from ftcore.tasks._start import check_start, put_in_trained
 from ftcore.tasks._trained import trained_config
@@ -112,6 +113,8 @@ def measure(hooks: Hooks, plan: Plan, dataset: Any, run: Path | None) -> dict[st
         return {"value": numbers()}
     before = numbers()
     put_in_trained(hooks, plan, model, run)
+    if isinstance(trainer, KeepsBeside):
+        trainer.load_beside(run / TRAINED)
     if generator is not None:
         generator.weights_changed()
     return {"before": before, "after": numbers()}

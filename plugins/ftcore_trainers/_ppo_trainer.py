@@ -30,7 +30,7 @@ Rows = list[dict[str, Any]]
 Batch = dict[str, Tensor]
 
 VALUE_HEAD = "value_head.safetensors"
-"""File of a checkpoint beside the adapter's: the value head and the KL coefficient."""
+"""File beside the adapter's, in checkpoints and in what was trained: the value head and the KL coefficient."""
 
 
 class PPOTrainer(WritesAhead, LeanLoop, Trainer):
@@ -289,12 +289,22 @@ class PPOTrainer(WritesAhead, LeanLoop, Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        state = {**self.value_head.state_dict(), "kl_coef": torch.tensor(self._kl.value, dtype=torch.float64)}
-        save_file(state, Path(output_dir or self.args.output_dir) / VALUE_HEAD)
+        self.save_beside(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        state = load_file(Path(resume_from_checkpoint) / VALUE_HEAD)
+        self.load_beside(Path(resume_from_checkpoint))
+
+    def save_beside(self, folder: Path) -> None:
+        """The value head and the KL coefficient."""
+        state = {**self.value_head.state_dict(), "kl_coef": torch.tensor(self._kl.value, dtype=torch.float64)}
+        save_file(state, folder / VALUE_HEAD)
+
+    def load_beside(self, folder: Path) -> None:
+        """Those that `save_beside` wrote; runs of before wrote none beside what they trained."""
+        if not (folder / VALUE_HEAD).is_file():
+            return
+        state = load_file(folder / VALUE_HEAD)
         self._kl.value = float(state.pop("kl_coef"))
         self.value_head.load_state_dict(state)
 

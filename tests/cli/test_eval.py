@@ -150,6 +150,16 @@ def test_completions_are_drawn_alike_before_and_after(trained: Runs) -> None:
     assert found["after"]["entropy"] != found["before"]["entropy"]
 
 
+def test_a_value_head_is_measured_as_it_was_trained(trained: Runs) -> None:
+    words = ("data=prompts", "data.eval_size=2", "trainer.max_completion_length=6", "trainer.value_learning_rate=0.01")
+    folder = trained("demo", *words, trainer="ppo")
+    assert (folder / "trained" / "value_head.safetensors").is_file()
+    evaluate("run=demo")
+    found = outcome(folder)
+    assert found["before"]["values"] == 0  # a new one
+    assert abs(found["after"]["values"]) > 1e-6
+
+
 def test_a_model_alone(trained: Runs, in_tmp: Path, capsys) -> None:
     metrics = recorded(trained("demo"))
     there = set(in_tmp.iterdir())
