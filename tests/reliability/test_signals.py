@@ -70,11 +70,11 @@ def test_told_before_and_after_training_it_exits_75_as_well(tmp_path: Path) -> N
     before.until((folder / ".lock").is_file)
     before.send("SIGTERM")
     assert before.wait() == 75, before.said()
-    after = start(folder, "trainer.max_steps=2", "trainer.save_steps=1", "+export=[safetensors]")
+    after = start(folder, "trainer.max_steps=2", "trainer.save_steps=1", "+export=[gguf,safetensors]")
     after.until((folder / "trained").is_dir)
     after.send("SIGTERM")
     assert after.wait() == 75, after.said()
-    again = start(folder, "trainer.max_steps=2", "trainer.save_steps=1", "+export=[safetensors]")
+    again = start(folder, "trainer.max_steps=2", "trainer.save_steps=1", "+export=[gguf,safetensors]")
     assert again.wait() == 0, again.said()
     assert (folder / "export" / "safetensors" / "model.safetensors").is_file()
 
