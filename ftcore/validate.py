@@ -44,9 +44,7 @@ def _problem(key: str, full: str, path: str, node: DictConfig, declared: list[st
     owner = str(node.get("name")) if path and "name" in declared else (path or "a run")
     known = [name for name in declared if name != "name"]
     near, elsewhere = nearest(key, known), homes(key)
-    if key in ELSEWHERE:
-        fix = f"did you mean {' or '.join(elsewhere)}?"
-    elif near:
+    if near and key not in ELSEWHERE:
         fix = f"did you mean {path + '.' if path else ''}{near}?"
     elif elsewhere:
         fix = f"did you mean {' or '.join(elsewhere)}?"

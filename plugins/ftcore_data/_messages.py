@@ -98,7 +98,7 @@ def with_system(messages: list[Message], row: Row) -> list[Message]:
     return [{"role": "system", "content": row["system"]}, *messages] if (row.get("system") or "").strip() else messages
 
 
-def check_system(row: Row, messages: Any = ()) -> str | None:
+def check_system(row: Row, messages: Any) -> str | None:
     """The column is text, and the messages have no other system message than it."""
     if row.get("system") is None:
         return None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
-from ftcore_data._messages import Message, answered, asked
+from ftcore_data._messages import Message, answered, asked, with_system
 from ftcore_data._rows import MEDIA, Row, first, missing, not_text, sample, unused
 
 OUTPUTS = ("output", "response")
@@ -67,7 +67,7 @@ def convert(row: Row) -> dict[str, Any]:
 
 def prompt(row: Row) -> list[Message]:
     """The input follows the instruction after an empty line, both in the user's message."""
-    messages = [{"role": "system", "content": row["system"]}] if (row.get("system") or "").strip() else []
+    messages = with_system([], row)
     for question, answer in row.get("history") or []:
         messages += asked(question) + answered(answer)
     given = next((row[name] for name in INPUTS if row.get(name)), "")

@@ -293,7 +293,7 @@ class PPOTrainer(WritesAhead, LeanLoop, Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.load_beside(Path(resume_from_checkpoint))
+        self._load_head(Path(resume_from_checkpoint))
 
     def save_beside(self, folder: Path) -> None:
         """The value head and the KL coefficient."""
@@ -302,8 +302,10 @@ class PPOTrainer(WritesAhead, LeanLoop, Trainer):
 
     def load_beside(self, folder: Path) -> None:
         """Those that `save_beside` wrote; runs of before wrote none beside what they trained."""
-        if not (folder / VALUE_HEAD).is_file():
-            return
+        if (folder / VALUE_HEAD).is_file():
+            self._load_head(folder)
+
+    def _load_head(self, folder: Path) -> None:
         state = load_file(folder / VALUE_HEAD)
         self._kl.value = float(state.pop("kl_coef"))
         self.value_head.load_state_dict(state)
