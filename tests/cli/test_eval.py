@@ -160,6 +160,20 @@ def test_a_value_head_is_measured_as_it_was_trained(trained: Runs) -> None:
     assert abs(found["after"]["values"]) > 1e-6
 
 
+def test_what_a_finished_run_is_not(trained: Runs, capsys) -> None:
+    trained("demo")
+    assert cli.run(["export", "run=demo", "adapter=full", "+export=[adapter]"]) == 2
+    assert "adapter: is full, and the run trained an adapter" in capsys.readouterr().err
+    assert cli.run(["export", "run=demo,other", "+export=[adapter]"]) == 2
+    assert "run: names several runs" in capsys.readouterr().err
+
+
+def test_a_part_to_hold_out_cannot_be_set_afterwards(trained: Runs, capsys) -> None:
+    trained("demo", "data=alpaca")
+    assert cli.run(["eval", "run=demo", "data.eval_size=0.5"]) == 2
+    assert "data.eval_size: would hold out rows" in capsys.readouterr().err
+
+
 def test_a_model_alone(trained: Runs, in_tmp: Path, capsys) -> None:
     metrics = recorded(trained("demo"))
     there = set(in_tmp.iterdir())

@@ -325,6 +325,15 @@ def test_prompts_that_cannot_be_completed_stop_before_weights_are_read(in_tmp: P
     assert "leaves out words of message 1 (system)" in refused({"prompt": told}, "data.template=deaf.jinja")
 
 
+def test_prompts_that_fill_no_batch_are_no_run(in_tmp: Path) -> None:
+    Path("mine.py").write_text(SPREAD)
+    Path("rows.jsonl").write_text('{"prompt": "x"}')
+    words = ["+trainer=grpo", "rewards=[mine.py:spread]", "data.path=rows.jsonl", "trainer.num_generations=2"]
+    with pytest.raises(ftcore.Refused, match="do not fill one batch"):
+        ftcore.run([*TINY, *STEP, *words, "trainer.max_steps=1", "output_dir=run"])
+    assert not Path("run/trained").exists()
+
+
 def test_a_teacher_of_another_vocabulary_is_refused(in_tmp: Path) -> None:
     Path("teacher").mkdir()
     Path("teacher/config.json").write_text('{"model_type": "llama", "vocab_size": 99}')
