@@ -17,7 +17,7 @@ from ftcore.parts import PARTS, parts_pattern
 from ftcore.vocabulary import trained_rows
 from ftcore_adapters import _loftq
 from ftcore_adapters._heads import TASKS, inside, new_modules
-from ftcore_adapters._rounding import say_lost
+from ftcore_adapters._whole import prepare, whole_and_quantized, whole_in_16_bits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -107,8 +107,8 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
         fix = f"did you mean '{near}'?" if near else f"known: {', '.join(modules)}"
         found.append(Problem("adapter.modules_to_save", f"the family has no module '{strange[0]}'", fix))
     found += _frozen_embeddings(plan)
-    found += [] if found else _whole_in_16_bits(plan)  # which asks the device
-    found += _whole_and_quantized(plan)
+    found += whole_and_quantized(plan)
+    found += [] if found else whole_in_16_bits(plan)  # which asks the device
     if config.init in (Init.pissa, Init.olora) and plan.run.quantizer:
         found.append(
             Problem(
@@ -254,9 +254,7 @@ def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
     config = plan.config(Config)
     if config.path:
         loaded: nn.Module = PeftModel.from_pretrained(model, config.path, is_trainable=True)
-        _in_float32(loaded, plan)
-        _with_bias(loaded)
-        say_lost(plan, loaded)
+        prepare(loaded, plan)
         return loaded
     set_seed(plan.run.trainer.seed if plan.run.trainer else 0)
     parameters = _parameters(plan)
@@ -283,43 +281,7 @@ def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
             trainable_token_indices=rows or None,
         ),
     )
-    _in_float32(adapted, plan)
-    _with_bias(adapted)
-    say_lost(plan, adapted)
+    prepare(adapted, plan)
     if config.init is Init.loftq:
         _loftq.start(adapted, plan)
     return adapted
-
-
-def _in_float32(adapted: nn.Module, plan: Plan) -> None:
-    """The rows of new tokens; in a training over float16, whose gradients no scaler takes, whole modules as well."""
-    whole = plan.dtype == "float16" and plan.run.trainer is not None
-    names = (".trainable_tokens_delta.", *([".modules_to_save."] if whole else []))
-    for name, weight in adapted.named_parameters():
-        if weight.requires_grad and any(part in name for part in names):
-            weight.data = weight.data.float()
-
-
-def _with_bias(adapted: nn.Module) -> None:
-    """TRL asks heads for their bias; PEFT's wrapper of one whose rows are trained does not say that there is none."""
-    for module in adapted.modules():
-        inner = getattr(module, "original_module", None)
-        if inner is not None and not hasattr(module, "bias") and getattr(inner, "bias", 0) is None:
-            module.register_parameter("bias", None)
-
-
-def _whole_in_16_bits(plan: Plan) -> Iterator[Problem]:
-    """What is trained whole is in 32 bits over float16, and hidden states are not: a new head alone takes both."""
-    config = plan.config(Config)
-    if config.modules_to_save and plan.run.trainer is not None and plan.dtype == "float16":  # the device is asked
-        message = f"{', '.join(config.modules_to_save)} would be trained in float16, whose gradients cannot be scaled"
-        fix = "use model.dtype=float32, or model.dtype=bfloat16 where the GPU has it, or leave it out"
-        yield Problem("adapter.modules_to_save", message, fix)
-
-
-def _whole_and_quantized(plan: Plan) -> Iterator[Problem]:
-    """Quantized weights have no gradients."""
-    whole = [m for m in plan.config(Config).modules_to_save if m.rpartition(".")[2] in plan.family.lora_targets]
-    if plan.run.quantizer and whole:
-        message = f"'{whole[0]}' is in {plan.run.quantizer.name} and cannot be trained whole"
-        yield Problem("adapter.modules_to_save", message, "leave it out; adapter.targets adapts it")
