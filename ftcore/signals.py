@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,12 +30,35 @@ def interrupting() -> Iterator[None]:
     When one did, or the run was told to stop and did so, it stays like that: the process is about to end.
     """
     stopped = False
-    with handled(signal.default_int_handler, lambda: stopped):
+    with handled(signal.default_int_handler, lambda: stopped), _never_lost():
         try:
             yield
         except BaseException as error:
             stopped = isinstance(error, KeyboardInterrupt) or getattr(error, "code", None) == Exit.PREEMPTED
             raise
+
+
+@contextmanager
+def _never_lost() -> Iterator[None]:
+    """A signal may come while Python runs a finalizer or a callback of its garbage collector.
+
+    From there no exception gets out (:func:`sys.unraisablehook`), so KeyboardInterrupt is raised again a moment later.
+    """
+    before = sys.unraisablehook
+
+    def again(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            later = threading.Timer(0.01, _thread.interrupt_main)  # here it would be lost again
+            later.daemon = True
+            later.start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ftcore import signals
 from ftcore.testing.faults import Child, last_step
 from ftcore.training_checkpoint import manifest, store
 
@@ -77,6 +80,44 @@ def test_told_before_and_after_training_it_exits_75_as_well(tmp_path: Path) -> N
     again = start(folder, "trainer.max_steps=2", "trainer.save_steps=1", "+export=[gguf,safetensors]")
     assert again.wait() == 0, again.said()
     assert (folder / "export" / "safetensors" / "model.safetensors").is_file()
+
+
+class Told:
+    """Its finalizer runs while the signal comes."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0)  # Python calls the handler here
+
+
+def told_while_collecting() -> None:
+    def callback(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop":
+            gc.callbacks.remove(callback)
+            Told.__del__(Told.__new__(Told))
+
+    gc.callbacks.append(callback)
+    gc.collect()
+
+
+def wait_after(come: Callable[[], object]) -> None:
+    with signals.interrupting():
+        come()
+        time.sleep(5)
+    pytest.fail("the signal is lost")
+
+
+@pytest.mark.parametrize("come", [Told, told_while_collecting])
+def test_a_signal_that_comes_inside_a_finalizer_is_not_lost(come: Callable[[], object]) -> None:
+    before = {number: signal.getsignal(number) for number in signals.numbers()}
+    hook = sys.unraisablehook
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wait_after(come)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert sys.unraisablehook is hook
 
 
 @pytest.mark.slow

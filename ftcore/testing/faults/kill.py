@@ -97,6 +97,7 @@ def _become(words: list[str], log: Path, warm: bool) -> None:
         # A test runner has put objects of its own here, and handlers of its own there.
         sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
         sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+        sys.unraisablehook = sys.__unraisablehook__
         for name in ("SIGTERM", "SIGUSR1"):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
