@@ -159,6 +159,77 @@ def test_triton_is_the_twin(op, device, dtype, grad, shared, monkeypatch):
     assert len(table.groups) == 2
 
 
+@pytest.mark.parametrize("rounding", [1, 2**32 - 1])
+def test_triton_rounds_by_chance_as_the_twin(op, device, rounding):
+    ours = [random_tensors(size, device, torch.bfloat16, torch.bfloat16) for size in SIZES]
+    ours += [random_tensors(700, device, torch.float32, torch.bfloat16), random_tensors(3, device, torch.bfloat16,
+             torch.bfloat16, False)]  # fmt: skip
+    ours[4].grad[300] = torch.nan
+    ours[5].param[:4] = torch.tensor([torch.inf, -torch.inf, 3.38e38, 0.0])
+    theirs, table = cloned(ours), op.Table()
+    for step in range(1, 4):
+        update = Update(step, 1e-4, rounding=rounding)
+        op.adamw_8bit(ours, update, None, table)
+        twin.adamw_8bit(theirs, update)
+        assert_same(ours, theirs)
+    nearest = cloned(ours)
+    twin.adamw_8bit(nearest, Update(4, 1e-3))
+    op.adamw_8bit(ours, Update(4, 1e-3, rounding=rounding), None, table)
+    assert (ours[7].param != nearest[7].param).float().mean() > 0.05
+    assert torch.equal(ours[8].param, nearest[8].param)  # fp32, which nothing rounds
+
+
+@pytest.mark.parametrize("value", [1.0, -0.3, 1e-30, 6e4])
+def test_rounding_by_chance_is_right_on_average(value):
+    """To one of two neighbours, with odds that make the mean what was to be written."""
+    number = 2**18
+    x = torch.full((number,), value) * (1 + 2.0**-10)  # a quarter of bf16's step above some value, or near it
+    rounded = twin.by_chance(x, 77)
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    low, high = rounded.min().double(), rounded.max().double()
+    assert low < x[0] < high and len(rounded.unique()) == 2
+    share = float((x[0].double() - low) / (high - low))
+    assert abs(float((rounded == high).double().mean()) - share) < 5 * math.sqrt(share * (1 - share) / number)
+
+
+def test_noise_is_new_for_every_step_parameter_and_place():
+    def rounded(step: int, number: int = 0, rounding: int = 5) -> torch.Tensor:
+        each = [Tensors(torch.ones(4096).bfloat16(), torch.ones(4096), torch.zeros(4096), torch.zeros(4096))
+                for _ in range(number + 1)]  # fmt: skip
+        twin.adamw_8bit(each, Update(step, 1e-3, rounding=rounding))
+        return each[-1].param != 1
+
+    first = rounded(1).float()
+    assert torch.equal(first, rounded(1).float()) and 0.1 < first.mean() < 0.9
+    for other in (rounded(2), rounded(1, number=1), rounded(1, rounding=6), first.roll(1), first.roll(256)):
+        together = torch.stack((first, other.float()))
+        assert torch.corrcoef(together)[0, 1].abs() < 0.08
+
+
+def test_low_rates_are_not_lost_in_bf16(device):
+    start = torch.ones(8192, device=device)
+    kept, lost = (torch.nn.Parameter(start.bfloat16()) for _ in range(2))
+    for parameter, rounding in ((kept, 0), (lost, None)):
+        optimizer = AdamW8bit([parameter], lr=1e-5, weight_decay=0.0, rounding=rounding)
+        for _ in range(100):
+            parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+    assert torch.equal(lost.float(), start)
+    assert float((1 - kept.detach().float()).mean()) == pytest.approx(100 * 1e-5, rel=0.1)
+
+
+def test_what_an_older_version_saved_rounds_as_it_did():
+    parameter = torch.nn.Parameter(torch.ones(5000).bfloat16())
+    optimizer = AdamW8bit([parameter], lr=1e-5, rounding=3)
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        del group["rounding"]
+    optimizer.load_state_dict(saved)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert torch.equal(parameter, torch.ones_like(parameter))
+
+
 def test_triton_encodes_every_boundary(op, device):
     """Every code, every midpoint and their neighbours, through one step that leaves the moments as they are."""
     for signed in (True, False):
@@ -218,6 +289,12 @@ def test_wrong_tensors_are_refused(device):
 
 def parameters(device: torch.device, dtype: torch.dtype) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.randn(*s).to(device, dtype)) for s in ((70, 100), (64,), (5000,), (3, 4096))]
+
+
+def test_lots_that_are_updated_apart_have_noise_of_their_own():
+    seeds = [optim.seed_of(rounding, group, part) for rounding in range(8) for group in range(8) for part in range(8)]
+    assert len(set(seeds)) == 512
+    assert optim.seed_of(None, 1, 1) is None
 
 
 def steps(optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -373,6 +450,7 @@ def test_the_hook_has_the_groups_of_transformers():
     assert all("norm" in names[id(p)] or "bias" in names[id(p)] for p in plain["params"])
     assert not any("norm" in names[id(p)] or "bias" in names[id(p)] for p in decayed["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(names) - 1
+    assert decayed["rounding"] == plain["rounding"] == 42  # `trainer.seed`
     for other in (_Plan("adamw_torch"), _Plan("paged_adamw_8bit"), _Plan(kind="cpu"), _Plan(optim_args="x=1")):
         assert choose(other, model) is None
 

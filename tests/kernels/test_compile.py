@@ -117,7 +117,10 @@ def state(number, scales=False, of=dtype):
     return AdamTensors(torch.zeros(number, dtype=of), torch.zeros(number, dtype=of), *moments, *absmax)
 adamw_8bit.adamw_8bit([state(4096, True), state(300, True), state(2048)], AdamUpdate(1, 0.1), torch.ones(()))
 adamw_8bit.adamw_8bit([state(4096, True, torch.float32)], AdamUpdate(1, 0.1))
-assert len(kernels) == 80 and all(kernel.asm["cubin"] for kernel in kernels), len(kernels)
+adamw_8bit.adamw_8bit([state(4096, True, torch.bfloat16)], AdamUpdate(1, 0.1, rounding=2**32 - 1))
+adamw_8bit.adamw_8bit([state(4096, True, torch.bfloat16)], AdamUpdate(2, 0.1, rounding=1))
+assert kernels[-1] is kernels[-2]  # every step has other noise, and must not be compiled anew
+assert len(kernels) == 82 and all(kernel.asm["cubin"] for kernel in kernels), len(kernels)
 print(json.dumps([(kernel.name, kernel.metadata.shared) for kernel in kernels]))
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 
 import ftcore
 from ftcore import checkpoint
+from ftcore.device import Device
 from ftcore.testing import maths, runs
+from ftcore_adapters._rounding import say_lost
 from ftcore_adapters.lora import Config, _differences
 
 FORMS = {
@@ -161,3 +164,25 @@ def test_steps_that_bfloat16_does_not_take_are_said(words: str, capsys: pytest.C
     )
     assert "changed by a step" not in said("model.dtype=bfloat16", "trainer.learning_rate=1e-2")
     assert "changed by a step" not in said("model.dtype=float32", "trainer.learning_rate=1e-6")
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "said"),
+    [
+        ([], "cpu", True),
+        ([], "cuda", False),
+        (["kernels=[triton]"], "cuda", False),
+        (["kernels=[]"], "cuda", True),
+        (["trainer.optimizer=adamw_torch"], "cuda", True),
+    ],
+)
+def test_ftcores_own_optimizer_takes_them(
+    words: list[str], kind: str, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["model.dtype=bfloat16", "trainer.learning_rate=1e-6", "trainer.optimizer=adamw_8bit", *words]
+    _, plan = runs.prepared(["+model=llama", "model.tiny=true", "+trainer=sft", "adapter=full", *more])
+    device = Device()
+    vars(device).update(kind=kind, capability=(9, 0))  # where its cached properties are kept
+    model = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    say_lost(replace(plan, device=device), model)
+    assert ("changed by a step" in " ".join(capsys.readouterr().out.split())) == said

@@ -117,12 +117,14 @@ def test_every_optimizer_takes_them(name: str) -> None:
 def test_the_own_8_bit_optimizer_takes_them() -> None:
     from ftcore_kernels.optim.choice import optimizer
 
-    loaded = runs.loaded([*TINY, EMBEDDINGS, "trainer.embedding_learning_rate=1e-5", "trainer.optimizer=adamw_8bit"])
+    words = ["trainer.embedding_learning_rate=1e-5", "trainer.optimizer=adamw_8bit", "trainer.seed=7"]
+    loaded = runs.loaded([*TINY, EMBEDDINGS, *words])
     gpu = Device()
     vars(gpu).update(kind="cuda", capability=(8, 0))  # where its cached properties are kept
     made = optimizer(replace(loaded.plan, device=gpu), loaded.model)
     assert type(made).__name__ == "AdamW8bit"
     assert type(made).__module__.startswith("ftcore_kernels")
+    assert {group["rounding"] for group in made.param_groups} == {7}  # type: ignore[union-attr]
     found = rates(made.param_groups, loaded.model)  # type: ignore[union-attr]
     assert len([name for name, (rate, _) in found.items() if rate == 1e-5]) == 2
 

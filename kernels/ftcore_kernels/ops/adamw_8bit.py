@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ftcore_kernels.ops import _launch
+from ftcore_kernels.ops._hash import mix, spread
 from ftcore_kernels.reference.adamw_8bit import BLOCK, Tensors, Update, check, dynamic_map, midpoints
 
 _BLOCKS = 4  # of a program
@@ -58,25 +59,26 @@ def adamw_8bit(
     table: Table | None = None,
     found_inf: torch.Tensor | None = None,
 ) -> None:
-    """Make one step of AdamW, in place, in fp32 with one rounding of the parameter, to nearest even.
+    """Make one step of AdamW, in place, in fp32 with one rounding of the parameter.
 
     A launch for every combination of dtypes, and another for the ragged ends of tensors, if there are any. Nothing
     waits for the device.
 
-    :param tensors: Any number of parameters on one device, in any mix of dtypes.
+    :param tensors: Any number of parameters on one device, in any mix of dtypes; the noise of a rounding depends on
+        their order.
     :param update: The step's numbers.
     :param grad_scale: One fp32 number on the device that every gradient is multiplied by: the factor of a clipped norm.
     :param table: Spares the addresses that stayed the same since the last call with it.
     :param found_inf: One fp32 number on the device; nothing is written unless it is 0.
     """
     table = Table() if table is None else table
-    groups: dict[tuple[torch.dtype, torch.dtype, bool], list[Tensors]] = {}
-    for each in tensors:
+    groups: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = {}
+    for number, each in enumerate(tensors):
         if each.param.numel():
             key = (each.param.dtype, each.grad.dtype, each.absmax_m is not None)
-            groups.setdefault(key, []).append(each)
-    for key, members in groups.items():
-        group = table.groups[key] = _place(members, table.groups.get(key))
+            groups.setdefault(key, []).append(number)
+    for key, numbers in groups.items():
+        group = table.groups[key] = _place([tensors[n] for n in numbers], numbers, table.groups.get(key))
         _step(key, group, update, grad_scale, found_inf)
     # The kernel writes by address: whoever watches a tensor's version, as autograd does, is to see it.
     torch.autograd.graph.increment_version([each.param for each in tensors])
@@ -93,30 +95,33 @@ def _step(
     param, grad, eight_bit = key
     beta1, beta2 = map(float, update.betas)
     device = group.addresses.device
+    by_chance = update.rounding is not None and param == torch.bfloat16
+    # As a signed number, so that its type is the same in every step.
+    noise = (update.noise + 2**31) % 2**32 - 2**31 if by_chance else 0
     for programs, ragged in ((group.full, False), (group.ragged, True)):
         if programs.numel():
             with torch.cuda.device_of(group.addresses):
                 _adamw_kernel[(programs.numel(),)](
                     group.addresses, group.grad_addresses, programs, _maps(device), grad_scale, found_inf,
-                    update.keep, beta1, 1 - beta1, beta2, 1 - beta2, update.step_size, update.corrected_eps,
+                    update.keep, beta1, 1 - beta1, beta2, 1 - beta2, update.step_size, update.corrected_eps, noise,
                     P=_TYPES[param], G=_TYPES[grad], EIGHT_BIT=eight_bit, RAGGED=ragged, ALIGNED=group.aligned,
-                    BLOCKS=group.tile // BLOCK, BLOCK=BLOCK, SHARED=_SHARED, EXACT=_EXACT,
+                    BY_CHANCE=by_chance, BLOCKS=group.tile // BLOCK, BLOCK=BLOCK, SHARED=_SHARED, EXACT=_EXACT,
                     num_warps=_WARPS,
                     # Fused multiplications and additions would round once where the twin rounds twice.
                     enable_fp_fusion=False,
                 )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["noise"])
 def _adamw_kernel(
     table_ptr, grads_ptr, programs_ptr, maps_ptr, grad_scale_ptr, found_inf_ptr,
-    keep, beta1, rest1, beta2, rest2, step_size, eps,
+    keep, beta1, rest1, beta2, rest2, step_size, eps, noise,
     P: tl.constexpr, G: tl.constexpr, EIGHT_BIT: tl.constexpr, RAGGED: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr,
+    BY_CHANCE: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of BLOCKS x BLOCK elements of the tensor in programs [N] int32; table [T, 7] int64:
+    """One program per tile of BLOCKS x BLOCK elements of the tensor in programs [N] int32; table [T, 8] int64:
 
-    where parameter, m, v and their scales lie, how many elements there are, and the tensor's first program.
+    where parameter, m, v and their scales lie, how many elements there are, its number and its first program.
     """
     TILE: tl.constexpr = BLOCKS * BLOCK
     if found_inf_ptr is not None:  # noqa: SIM102  Triton would load from None
@@ -124,7 +129,7 @@ def _adamw_kernel(
             return
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(programs_ptr + program)
-    table_ptr += tensor * 7
+    table_ptr += tensor * 8
     param_ptr = tl.load(table_ptr).to(tl.pointer_type(P))
     grad_ptr = tl.load(grads_ptr + tensor).to(tl.pointer_type(G))
     m_address, v_address = tl.load(table_ptr + 1), tl.load(table_ptr + 2)
@@ -140,7 +145,7 @@ def _adamw_kernel(
         number = tl.load(table_ptr + 5)
         tile = number // TILE
     else:
-        tile = program - tl.load(table_ptr + 6)
+        tile = program - tl.load(table_ptr + 7)
     block = tile * BLOCKS + tl.arange(0, BLOCKS)
     at = tile * TILE + tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = at < number if RAGGED else None
@@ -177,7 +182,16 @@ def _adamw_kernel(
         tl.store(v_ptr + at, v, mask=mask)
     step = tl.div_rn(m, tl.sqrt_rn(v) + eps) if EXACT else m / (tl.sqrt(v) + eps)
     p = p * keep - step * step_size
+    if BY_CHANCE:
+        p = _by_chance(p, mix(noise.to(tl.uint32) + tl.load(table_ptr + 6).to(tl.uint32) * 0x9E3779B9), at)
     tl.store(param_ptr + at, p.to(P), mask=mask)
+
+
+@triton.jit
+def _by_chance(x, key, at):
+    """x rounded to a neighbour that bf16 has, by the noise at its place: 16 bits below the last one that is kept."""
+    bits = x.to(tl.uint32, bitcast=True) + (spread(key, at) >> 16)
+    return tl.where(x == x, (bits >> 16 << 16).to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
@@ -243,11 +257,11 @@ def _look_up(map_ptr, at, SHARED: tl.constexpr):
         return tl.load(map_ptr + at)
 
 
-def _place(tensors: list[Tensors], known: _Group | None) -> _Group:
+def _place(tensors: list[Tensors], numbers: list[int], known: _Group | None) -> _Group:
     """The addresses of tensors on the device: those known, with only the gradients' copied, or all of them."""
     grads = [each.grad.data_ptr() for each in tensors]
     # Addresses of another size may come back once memory is freed, so the size is part of what is compared.
-    fixed = [number for each in tensors for number in _fixed(each)]
+    fixed = [value for number, each in zip(numbers, tensors, strict=True) for value in (*_fixed(each), number)]
     if known is not None and known.fixed == fixed and known.tile == _BLOCKS * BLOCK:
         if known.grads == grads:
             return known
@@ -265,7 +279,7 @@ def _place(tensors: list[Tensors], known: _Group | None) -> _Group:
     return _Group(
         fixed,
         grads,
-        torch.cat((torch.tensor(fixed).view(-1, 6), first[:, None]), 1).to(device),
+        torch.cat((torch.tensor(fixed).view(-1, 7), first[:, None]), 1).to(device),
         _pinned(grads, device).to(device, copy=True),
         torch.repeat_interleave(index, tiles).to(device),
         index[sizes % tile > 0].to(device),

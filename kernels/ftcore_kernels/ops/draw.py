@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ftcore_kernels.ops._hash import mix, spread
+
 _BLOCK = 1024
 _PART = 8192
 """Tokens of a program."""
@@ -63,7 +65,7 @@ def _part_kernel(
     key = tl.zeros((), tl.uint32)
     if NOISE:
         seed = tl.load(seeds_ptr + row).to(tl.uint32)
-        key = _mix(_mix(seed) + tl.load(counts_ptr + row).to(tl.uint32) * 0x9E3779B9)
+        key = mix(mix(seed) + tl.load(counts_ptr + row).to(tl.uint32) * 0x9E3779B9)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -79,8 +81,7 @@ def _part_kernel(
         highest = raised
         score = logit
         if NOISE:
-            bits = _mix(_mix(at.to(tl.uint32) * 0x9E3779B9 + key) ^ key)
-            uniform = ((bits >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+            uniform = ((spread(key, at) >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
             score -= tl.log(-tl.log(uniform))
         if MASKED:
             mask &= tl.load(allowed_ptr + row * width + at, mask=mask, other=0) != 0
@@ -113,13 +114,3 @@ def _join_kernel(best_ptr, place_ptr, token_ptr, logprob_ptr, all_parts, PARTS: 
     whole = tl.sum(tl.where(highest > float("-inf"), total * tl.exp(highest - top), 0.0), 0)
     tl.store(token_ptr + row, tl.sum(tl.where(mine, tl.load(place_ptr + at, mask=there, other=0), 0), 0))
     tl.store(logprob_ptr + row, tl.max(tl.where(mine, chosen, float("-inf")), 0) - top - tl.log(whole))
-
-
-@triton.jit
-def _mix(x):
-    """`lowbias32`."""
-    x ^= x >> 16
-    x *= 0x21F0AAAD
-    x ^= x >> 15
-    x *= 0xD35A2D97
-    return x ^ (x >> 15)

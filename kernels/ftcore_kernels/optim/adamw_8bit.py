@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ftcore_kernels.reference._hash import WORD, mix
 from ftcore_kernels.reference.adamw_8bit import BLOCK, Tensors, Update
 
 
@@ -25,6 +26,8 @@ class AdamW8bit(torch.optim.Optimizer):
     :param eps: Added to the root of the second moment.
     :param weight_decay: Decoupled weight decay.
     :param min_8bit_size: Parameters of fewer elements have a state in fp32.
+    :param rounding: Seed of bf16 parameters' rounding by chance, which loses no small step; the same seed gives the
+        same steps. None rounds to the nearest.
     """
 
     clip_coefficient: torch.Tensor | None = None
@@ -41,18 +44,21 @@ class AdamW8bit(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         min_8bit_size: int = 4096,
+        rounding: int | None = None,
     ) -> None:
         if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(
                 f"lr {lr}, eps {eps} and weight_decay {weight_decay} must be >= 0, betas {betas} in [0, 1)"
             )
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "min_8bit_size": min_8bit_size}
-        super().__init__(params, defaults)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, "min_8bit_size": min_8bit_size, "rounding": rounding})
         self._tables: dict[tuple[int, int], Any] = {}
         self._counted: list[dict[str, Any]] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("rounding", None)  # saved by an older version
         self._tables = {}
         self._counted = []
 
@@ -78,7 +84,8 @@ class AdamW8bit(torch.optim.Optimizer):
                     key = (parameter.device, self.state[parameter]["step"])
                     together.setdefault(key, []).append(tensors)
             for part, ((device, step), members) in enumerate(together.items()):
-                update = Update(step, float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
+                rates = float(group["lr"]), group["betas"], group["eps"], group["weight_decay"]
+                update = Update(step, *rates, seed_of(group["rounding"], number, part))
                 self._update((number, part), device, members, update, clip, skip)
             for parameter, copy in copies:
                 parameter.copy_(copy)
@@ -139,6 +146,13 @@ class AdamW8bit(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(number, {}).items():
                 if isinstance(value, torch.Tensor):
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def seed_of(rounding: int | None, group: int, part: int) -> int | None:
+    """Of the rounding of parameters that are updated together: no two such lots have the same noise."""
+    if rounding is None:
+        return None
+    return mix((mix((mix(rounding & WORD) + group) & WORD) + part) & WORD)
 
 
 _TRITON = importlib.util.find_spec("triton") is not None

@@ -17,6 +17,7 @@ def optimizer(plan: Plan, model: torch.nn.Module) -> torch.optim.Optimizer | Non
     """`AdamW8bit` for `trainer.optimizer=adamw_8bit` on a GPU with Triton; None leaves it to the trainer.
 
     It has the groups of `ftcore.parameter_groups`: no weight decay for norms and biases, and rates of their own.
+    Weights of bfloat16 are rounded by chance, from the run's seed, so that steps at low rates are not lost.
     """
     trainer = plan.run.trainer
     if trainer is None or trainer.optimizer is not Optimizer.adamw_8bit:
@@ -33,4 +34,5 @@ def optimizer(plan: Plan, model: torch.nn.Module) -> torch.optim.Optimizer | Non
         lr=trainer.learning_rate,
         betas=betas,
         eps=float(trainer.args.get("adam_epsilon", 1e-8)),
+        rounding=trainer.seed,
     )

@@ -7,6 +7,8 @@ scales mean what they mean in bitsandbytes' `AdamW8bit`. What this update does o
 * Weight decay comes before the step, as in PyTorch; there it shrinks the step too.
 * A gradient that is not finite makes the 256 parameters of its block NaN, and so they stay; there it counts as zero.
 * A quotient is rounded exactly; there it is approximate.
+* A parameter of bf16 may be rounded by chance, up or down with odds such that its mean is what was to be written, so
+  that steps below half of its last digit are not lost (Gupta et al. 2015, arXiv 1502.02551).
 """
 
 import math
@@ -15,6 +17,8 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+
+from ftcore_kernels.reference._hash import GOLDEN, WORD, mix, spread
 
 BLOCK = 256
 """Elements that share a scale."""
@@ -47,6 +51,8 @@ class Update(NamedTuple):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    rounding: int | None = None
+    """Seed of bf16 parameters' rounding by chance, below 2^32; None rounds them to the nearest, of two even."""
 
     @property
     def keep(self) -> float:
@@ -57,6 +63,11 @@ class Update(NamedTuple):
     def step_size(self) -> float:
         """The learning rate, with the bias of both moments corrected."""
         return self.lr * self._correction / (1 - self.betas[0] ** self.step)
+
+    @property
+    def noise(self) -> int:
+        """What the rounding of this step begins from: the same number again when the same step is made again."""
+        return mix((mix((self.rounding or 0) & WORD) + self.step * GOLDEN) & WORD)
 
     @property
     def corrected_eps(self) -> float:
@@ -75,20 +86,20 @@ def adamw_8bit(
     grad_scale: torch.Tensor | None = None,
     found_inf: torch.Tensor | None = None,
 ) -> None:
-    """Make one step of AdamW, in place, in fp32 with one rounding of the parameter, to nearest even.
+    """Make one step of AdamW, in place, in fp32 with one rounding of the parameter.
 
-    :param tensors: Any number of parameters, in any mix of dtypes.
+    :param tensors: Any number of parameters, in any mix of dtypes; the noise of a rounding depends on their order.
     :param update: The step's numbers.
     :param grad_scale: One fp32 number on the device that every gradient is multiplied by: the factor of a clipped norm.
     :param found_inf: One fp32 number on the device; nothing is written unless it is 0.
     """
-    for each in tensors:
+    for number, each in enumerate(tensors):
         check(each)
         if found_inf is None or not found_inf:
-            _update(each, update, grad_scale)
+            _update(each, number, update, grad_scale)
 
 
-def _update(tensors: Tensors, update: Update, grad_scale: torch.Tensor | None) -> None:
+def _update(tensors: Tensors, number: int, update: Update, grad_scale: torch.Tensor | None) -> None:
     param, grad, m_out, v_out, absmax_m, absmax_v = tensors
     g = grad.reshape(-1).float()
     if grad_scale is not None:
@@ -116,7 +127,22 @@ def _update(tensors: Tensors, update: Update, grad_scale: torch.Tensor | None) -
     else:
         m_out.copy_(m.view_as(m_out))
         v_out.copy_(v.view_as(v_out))
-    param.copy_((p * update.keep - step).view_as(param))
+    p = p * update.keep - step
+    if update.rounding is not None and param.dtype == torch.bfloat16:
+        p = by_chance(p, mix((update.noise + number * GOLDEN) & WORD))
+    param.copy_(p.view_as(param))
+
+
+def by_chance(x: torch.Tensor, key: int) -> torch.Tensor:
+    """Numbers `[n]` fp32 rounded to those that bf16 has: to either neighbour, the nearer the likelier.
+
+    16 bits of noise are added below bf16's last bit, and what is left there is cut off.
+    """
+    keys = torch.tensor(key, device=x.device)
+    noise = spread(keys, torch.arange(x.numel(), device=x.device)) >> 16
+    bits = ((x.view(torch.int32) & WORD) + noise) & 0xFFFF0000
+    bits = torch.where(bits > 0x7FFFFFFF, bits - (WORD + 1), bits)
+    return torch.where(x.isnan(), x, bits.int().view(torch.float32))
 
 
 def decode(codes: torch.Tensor, absmax: torch.Tensor, signed: bool) -> torch.Tensor:

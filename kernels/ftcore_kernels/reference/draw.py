@@ -2,16 +2,14 @@
 
 The Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030): the largest of `logit / T + G`, with G from
 the standard Gumbel distribution, is a draw from the softmax. The noise is a hash of the row's seed, the number of the
-draw and the token, with the mixing function `lowbias32` of Wellons' hash-prospector: the same draw comes out whatever
-else is in the batch, on every device.
+draw and the token: the same draw comes out whatever else is in the batch, on every device.
 """
 
 from __future__ import annotations
 
 import torch
 
-WORD = 0xFFFFFFFF
-GOLDEN = 0x9E3779B9
+from ftcore_kernels.reference._hash import GOLDEN, WORD, mix, spread
 
 
 def draw(
@@ -42,16 +40,7 @@ def draw(
 
 def gumbel(seeds: torch.Tensor, counts: torch.Tensor, width: int) -> torch.Tensor:
     """Noise `[B, width]`, fp32."""
-    key = _mix((_mix(seeds & WORD) + counts * GOLDEN) & WORD)
-    token = torch.arange(width, device=seeds.device)
-    bits = _mix(_mix((token * GOLDEN + key[:, None]) & WORD) ^ key[:, None])
+    key = mix((mix(seeds & WORD) + counts * GOLDEN) & WORD)
+    bits = spread(key[:, None], torch.arange(width, device=seeds.device))
     uniform = ((bits >> 9).float() + 0.5) * 2.0**-23  # exact, and never 0 or 1
     return -torch.log(-torch.log(uniform))
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    x = x ^ (x >> 16)
-    x = (x * 0x21F0AAAD) & WORD
-    x = x ^ (x >> 15)
-    x = (x * 0xD35A2D97) & WORD
-    return x ^ (x >> 15)
