@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ftcore.config import SamplingConfig
 from ftcore.errors import Problem, Refused
 from ftcore.pieces import Pieces, decoded
-from ftcore.specs import Conversing, Generator, Sampling, Streaming
+from ftcore.specs import Conversing, Generator, ModelFamily, Sampling, Streaming
 from ftcore.tokens import render
 
 if TYPE_CHECKING:
@@ -43,13 +43,14 @@ class Answers:
 
         :param continues: prompts are texts to go on with, whatever the chat template.
 
-        Raises Refused where there are prompts and no generator.
+        Raises Refused where there are prompts and no generator, or where one leaves no room for an answer.
         """
         if not prompts:
             return []
         system = [{"role": "system", "content": self._settings.system}] if self._settings.system else []
         talks = [[*system, {"role": "user", "content": prompt}] for prompt in prompts]
         ids = [self._continued(talk) if continues else self._asked(talk) for talk in talks]
+        self._refuse_full(max(ids, key=len))
         with _memory_given_back(self._model), self.writing() as generator:
             written = generator.generate(ids, self._sampling()).ids
         return [decoded(self._tokenizer, row).strip() for row in written]
@@ -59,7 +60,8 @@ class Answers:
 
         :param show: Called with what is new of it, again and again while it is written. What it raises ends the answer.
 
-        Raises Refused where there is no generator, or where the template does not take the conversation.
+        Raises Refused where there is no generator, where the template does not take the conversation, or where the
+        model's context has no room left.
         """
         pieces, said = Pieces(self._tokenizer), ""
 
@@ -69,6 +71,7 @@ class Answers:
             show(text)
 
         generator, ids, sampling = self._talk or self._needed(), self._asked(messages), self._sampling()
+        self._refuse_full(ids)
         if isinstance(generator, Streaming):
             generator.stream(ids, sampling, lambda new: shown(pieces.add(new)))
         else:
@@ -101,6 +104,14 @@ class Answers:
         if self._generator is None:
             raise Refused(NO_GENERATOR)
         return self._generator
+
+    def _refuse_full(self, ids: Sequence[int]) -> None:
+        """Raises Refused where a prompt and a whole answer pass the context: beyond it a model writes nonsense."""
+        new, config = self._settings.max_new_tokens, getattr(self._model, "config", None)
+        context = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
+        if context and len(ids) + new > context:
+            message = f"{len(ids)} tokens and an answer of {new} pass the {context} of the model's context"
+            raise Refused(Problem("generator", message, "say less, or set sampling.max_new_tokens to less"))
 
     def _asked(self, messages: Sequence[dict[str, str]]) -> list[int]:
         if not self._tokenizer.chat_template:
@@ -139,6 +150,26 @@ def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     config = getattr(model.generation_config, "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(config if isinstance(config, list) else [config])}
     return sorted(i for i in ids if i is not None)
+
+
+def turn_end_ids(family: ModelFamily, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the family's turn ends, as far as the vocabulary has them."""
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in (family.chat.turn_ends if family.chat else ()) if token in vocabulary]
+
+
+def stop_at_turn_ends(family: ModelFamily, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the model's generation config end an answer at the family's turn ends too.
+
+    Base checkpoints such as Qwen3-Base name the end of a document alone, and what they are trained on here ends turns.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    known = [one for one in (*own, tokenizer.eos_token_id) if one is not None]
+    if new := [one for one in turn_end_ids(family, tokenizer) if one not in known]:
+        config.eos_token_id = list(dict.fromkeys([*known, *new]))
 
 
 @contextmanager

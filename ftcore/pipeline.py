@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ftcore import hooks as h
 from ftcore import memory
+from ftcore.answers import stop_at_turn_ends
 from ftcore.catalog import installed
 from ftcore.config import RewardConfig, RunConfig
 from ftcore.defaults.plan import PlanMaker
@@ -55,6 +56,7 @@ def load(hooks: Hooks, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = N
         tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
     quantization = hooks.maybe(h.ftcore_quantization_config, plan=plan)
     model: torch.nn.Module = hooks.first(h.ftcore_load_model, plan=plan, quantization=quantization)
+    stop_at_turn_ends(plan.family, model, tokenizer)
     base = hooks.first(h.ftcore_patch_model, plan=plan, model=model, phase=Phase.BASE)
     model = hooks.first(h.ftcore_quantize_model, plan=plan, model=model)
     model = hooks.first(h.ftcore_adapt_model, plan=plan, model=model)

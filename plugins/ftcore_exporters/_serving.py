@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftcore import Checkpoint, Plan
+from ftcore.answers import turn_end_ids
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -22,8 +23,7 @@ def turn_ends(checkpoint: Checkpoint) -> list[int]:
     """Ids of the tokens that end an answer: the model's own, the tokenizer's, and those of the family's templates."""
     own = getattr(checkpoint.generation(), "eos_token_id", None)
     tokenizer: Any = checkpoint.tokenizer
-    chat, vocabulary = checkpoint.plan.family.chat, tokenizer.get_vocab()
-    named = [vocabulary[token] for token in (chat.turn_ends if chat else ()) if token in vocabulary]
+    named = turn_end_ids(checkpoint.plan.family, tokenizer)
     found = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *named]
     return list(dict.fromkeys(token for token in found if token is not None))
 

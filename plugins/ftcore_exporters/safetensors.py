@@ -10,6 +10,7 @@ from typing import Any
 from ftcore import Artifact, Checkpoint, Plan, Problem, hookimpl
 from ftcore.config import ReadBackConfig
 from ftcore.merge import write_weights
+from ftcore_exporters._serving import generation_settings
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 BASES = ("dequantized", "original")
@@ -58,7 +59,7 @@ def ftcore_export(plan: Plan, checkpoint: Checkpoint) -> list[Artifact]:
         target,
         config.dtype,
         shard_size=config.shard_size * 10**6,
-        generation=checkpoint.generation(),
+        generation=generation_settings(checkpoint) if plan.family.chat else checkpoint.generation(),
     )
     note = "merged model for transformers and vLLM"
     if plan.run.quantizer is not None:
