@@ -111,6 +111,8 @@ class TransformersGenerator:
         import torch
         from transformers import GenerationConfig
 
+        if not all(map(len, prompts)):
+            raise ValueError("a prompt has no tokens: give one at least, such as the one that begins a text")
         pad: Any = self._tokenizer.pad_token_id
         width = max(map(len, prompts))
         tokens = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=self._model.device)

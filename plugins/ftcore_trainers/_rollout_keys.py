@@ -38,6 +38,9 @@ def problems(plan: Plan, nucleus: bool = True) -> Iterator[Problem]:
     min_p = config.args.get("min_p")
     if isinstance(min_p, int | float) and not 0 <= min_p <= 1:
         yield Problem("trainer.args.min_p", f"is {min_p}", "give a part of the likeliest token's chance, from 0 to 1")
+    penalty = config.args.get("repetition_penalty")
+    if isinstance(penalty, int | float) and not 0 < penalty < math.inf:
+        yield Problem("trainer.args.repetition_penalty", f"is {penalty}", "give a number above 0; 1 leaves it out")
     if nucleus and not 0 < config.top_p <= 1:
         yield Problem("trainer.top_p", f"is {config.top_p}", "give a number above 0 and up to 1")
     if config.packing:

@@ -387,6 +387,9 @@ CASES = {
     "greedy-rollouts": wrong(f"{GRPO} trainer.temperature=0", CONFIG, "trainer.temperature: is 0", "or above"),
     "cold-rollouts": wrong(f"{GRPO} trainer.temperature=1e-40", CONFIG, "trainer.temperature: is 1e-40", "or above"),
     "cold-answers": wrong(f"{SFT} sampling.temperature=1e-40", CONFIG, "sampling.temperature: is 1e-40", "give 0 for"),
+    "repetition-penalty": wrong(
+        f"{GRPO} trainer.args.repetition_penalty=0", CONFIG, "trainer.args.repetition_penalty: is 0", "above 0"
+    ),
     "min-p": wrong(f"{GRPO} trainer.args.min_p=2", CONFIG, "trainer.args.min_p: is 2", "from 0 to 1"),
     "packed-rollouts": wrong(f"{GRPO} trainer.packing=true", CONFIG, "trainer.packing", "leave trainer.packing out"),
     "no-reward": wrong(f"{GRPO} data.path=prompts.jsonl", CONFIG, "reward: grpo needs a reward", "one of format, "),

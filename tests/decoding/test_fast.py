@@ -13,9 +13,11 @@ from generators_on_tiny import Both, both, logprobs_of, prompts_of
 from transformers.generation import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ftcore import Sampling
+from ftcore.guards.finite import NonFinite
 from ftcore_generators.transformers import TransformersGenerator
 from ftcore_kernels.decoding import layers
 from ftcore_kernels.decoding.requests import Request
+from ftcore_kernels.decoding.sampling import Sampler
 from ftcore_kernels.layers.uncovered import Uncovered
 
 GREEDY = Sampling(max_new_tokens=20, temperature=0.0)
@@ -94,6 +96,8 @@ def test_prompts_without_tokens_and_none_at_all(made: Both) -> None:
     assert made.fast.generate([], GREEDY).ids == []
     with pytest.raises(ValueError, match="prompt 1 has no tokens: give one at least"):
         made.fast.generate([[5], [], [6]], GREEDY)
+    with pytest.raises(ValueError, match="has no tokens: give one at least"):
+        made.plain.generate([[5], [], [6]], GREEDY)
 
 
 def test_a_completion_of_no_tokens(made: Both) -> None:
@@ -165,10 +169,12 @@ def test_unpacked_4_bit_weights_are_the_same(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(torch.tensor(unpacked.logprobs[0]), torch.tensor(packed.logprobs[0]))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-def test_log_probabilities_are_those_of_a_whole_pass(made: Both, temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "penalty"), [(0.0, 1.0), (0.7, 1.0), (1.0, 1.0), (0.0, 1.5), (0.7, 1.5)])
+def test_log_probabilities_are_those_of_a_whole_pass(made: Both, temperature: float, penalty: float) -> None:
+    """A penalty changes which tokens are drawn, and not how likely the model found them."""
     prompts = prompts_of(3, 30, 8)
-    found = made.fast.generate(prompts, Sampling(max_new_tokens=16, temperature=temperature))
+    sampling = Sampling(max_new_tokens=16, temperature=temperature, repetition_penalty=penalty)
+    found = made.fast.generate(prompts, sampling)
     assert found.logprobs is not None
     for prompt, said, logprobs in zip(prompts, found.ids, found.logprobs, strict=True):
         expected = logprobs_of(made.model, prompt, said, temperature or 1.0)
@@ -279,6 +285,33 @@ def test_a_penalty_counts_what_was_written(llama: Both) -> None:
         out = llama.model.generate(input_ids=asked, generation_config=settings)
         theirs = out[0, len(prompt) :].tolist()
         assert said == theirs[: len(said)]
+
+
+def test_a_penalty_is_reckoned_in_32_bits() -> None:
+    """As transformers': of logits in 16 bits the largest may be another one."""
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    drawn = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(300, 4000, generator=drawn)).bfloat16()
+    seen = torch.rand(logits.shape, generator=drawn) < 0.5
+    sample = Sampler(
+        Sampling(max_new_tokens=1, temperature=0.0, repetition_penalty=1.2), layers.op("draw", logits.device)
+    )
+    zeros = torch.zeros(len(logits), dtype=torch.int64)
+    tokens, _ = sample(logits, zeros, zeros, seen)
+    known = [torch.nonzero(row)[None, :, 0] for row in seen]
+    chain = RepetitionPenaltyLogitsProcessor(1.2)
+    expected = [int(chain(ids, row[None].float()).argmax()) for ids, row in zip(known, logits, strict=True)]
+    assert tokens.tolist() == expected
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_numbers_that_overflow_end_it(shown: bool) -> None:
+    made = both("kernels=[reference]")
+    with torch.no_grad():
+        made.model.get_input_embeddings().weight.fill_(torch.nan)
+    with pytest.raises(NonFinite, match="overflow"):
+        made.fast.stream([5, 6], GREEDY, lambda new: None) if shown else made.fast.generate(prompts_of(4, 9), GREEDY)
 
 
 def test_nothing_is_left_on_the_layers(made: Both) -> None:

@@ -54,6 +54,29 @@ def test_half_as_many_until_they_fit(made: Both, monkeypatch: pytest.MonkeyPatch
     assert "out of memory" not in capsys.readouterr().out
 
 
+def test_a_step_that_does_not_fit_is_recorded_with_fewer(made: Both, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Lack of memory says nothing against recording."""
+    prompts, tried = prompts_of(*range(3, 11)), []
+    long = Sampling(max_new_tokens=12, temperature=0.0)
+    expected = made.fast.generate(prompts, long)
+
+    def recorded(step: Any) -> Any:
+        tried.append(step)
+        if len(tried) == 1:
+            raise SHORT
+        return step
+
+    own = Engine.open
+    monkeypatch.setattr(Engine, "open", lambda self: (own(self), setattr(self, "may_record", True)))
+    monkeypatch.setattr("ftcore_kernels.decoding.run.recorded", recorded)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert made.fast.generate(prompts, long).ids == expected.ids
+    said = capsys.readouterr().out
+    assert "out of memory with 8 completions at a time; going on with 4" in said
+    assert "cannot be recorded" not in said
+    assert len(tried) == 2
+
+
 def test_one_that_does_not_fit_ends_in_a_message(made: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     room_for(0, monkeypatch)
     with pytest.raises(

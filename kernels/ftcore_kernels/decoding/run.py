@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ftcore import Sampling
+from ftcore.guards.finite import NonFinite
+from ftcore.guards.shortage import is_out_of_memory
 from ftcore_kernels.decoding import convolution, layers
 from ftcore_kernels.decoding.attention import Prompts, Step
 from ftcore_kernels.decoding.batch import Batch
@@ -88,7 +91,9 @@ class Run:
 
     def written(self, after: int) -> list[int]:
         """What the first row has written, without its first `after` tokens."""
-        found: list[int] = self._batch.ids[0, after : int(self._batch.counts[0])].tolist()
+        written = slice(after, int(self._batch.counts[0]))
+        refuse_overflow(self._batch.logprobs[0, written].tolist())
+        found: list[int] = self._batch.ids[0, written].tolist()
         return found
 
     def _recorded(self) -> Callable[[], None]:
@@ -97,6 +102,8 @@ class Run:
             return recorded(self._step)
         except RuntimeError as error:
             torch.cuda.synchronize()
+            if is_out_of_memory(error):  # fewer rows at a time may be recorded
+                raise
             self._engine.may_record = False
             print(f"generator: steps are launched one by one, because they cannot be recorded: {error}".splitlines()[0])
             return self._step
@@ -191,7 +198,18 @@ class Run:
             return []
         at = torch.tensor(rows, device=self._device)
         ids, logprobs = self._batch.ids[at].tolist(), self._batch.logprobs[at].tolist()
+        for place, row in enumerate(rows):
+            refuse_overflow(logprobs[place][: counts[row]])
         return [
             (self._queue.finish(row).index, ids[place][: counts[row]], logprobs[place][: counts[row]])
             for place, row in enumerate(rows)
         ]
+
+
+def refuse_overflow(logprobs: Sequence[float]) -> None:
+    """Raises NonFinite for tokens that were drawn from no distribution: from logits that are not finite."""
+    if not all(map(math.isfinite, logprobs)):
+        raise NonFinite(
+            "the model's numbers overflow: what it says next is not finite\n"
+            "    fix: set model.dtype=bfloat16, or float32 on a GPU without it; or look at its weights"
+        )

@@ -23,9 +23,12 @@ class Sampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens int64 `[B]` and their log-probabilities fp32 `[B]`, of logits `[B, V]`.
 
-        Those are of the distribution at this temperature, before tokens are left out of it: what a trainer computes.
+        Those are of the distribution at this temperature, before tokens are left out of it and repeated ones made less
+        likely: what a trainer computes.
         """
+        own = logits
         if seen is not None:  # Keskar et al. 2019, arXiv 1909.05858
+            logits = logits.float()
             logits = torch.where(seen, torch.where(logits < 0, logits * self.penalty, logits / self.penalty), logits)
         allowed = None
         if self._filters:
@@ -33,7 +36,11 @@ class Sampler:
             for left in self._filters:
                 scores = left(None, scores)
             allowed = scores > -torch.inf
-        return self._draw(logits, seeds, counts, self.temperature, allowed)
+        tokens, logprobs = self._draw(logits, seeds, counts, self.temperature, allowed)
+        if seen is not None:
+            own = own.float() / (self.temperature or 1.0)
+            logprobs = own.gather(1, tokens[:, None])[:, 0] - own.logsumexp(-1)
+        return tokens, logprobs
 
 
 def _filters(sampling: Sampling) -> list[Any]:

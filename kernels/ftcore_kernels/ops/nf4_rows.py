@@ -42,6 +42,9 @@ class Config(NamedTuple):
 TABLE = {16: Config(64, 128, 4, 3, 8), 32: Config(128, 128, 8, 3, 2), 64: Config(128, 128, 8, 3, 2)}
 """Rows of x, padded, to how they are multiplied. `tests/bench/few_rows.py` measures others and prints the best."""
 
+_WIDE = 160_000
+"""Bytes of shared memory that the stages above take with 32 bits; GPUs beside A100 and H100 have less."""
+
 
 def nf4_rows(
     x: torch.Tensor, weights: Sequence[Packed], below: torch.Tensor | None = None, config: Config | None = None
@@ -69,6 +72,8 @@ def nf4_rows(
     if not out.numel():
         return out
     chosen = config or TABLE[tile(rows)]
+    if config is None and x.element_size() == 4 and _launch.shared_memory(x.device) < _WIDE:
+        chosen = chosen._replace(stages=1)
     blocks = sum(triton.cdiv(size, chosen.block) for size in widths) + triton.cdiv(extra, BELOW)
     row_blocks, chunks = triton.cdiv(rows, tile(rows)), triton.cdiv(inputs, chosen.chunk)
     number = parts(blocks * row_blocks, chunks, chosen.fill * _launch.processors(x.device))
