@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from ftcore.adapter_folder import saved_template
 from ftcore.api import run as train
 from ftcore.api import validated
 from ftcore.checkpoint import config_of
@@ -56,6 +59,39 @@ def test_its_context_and_its_base_are_those_of_the_run(later: Path) -> None:
     assert (origin(plan).id, origin(plan).revision, origin(plan).path) == ("meta-llama/Llama-3.2-1B", "abc", None)
     assert base_id(plan) == "meta-llama/Llama-3.2-1B"
     assert base_id(replace(plan, run=replace(plan.run, run=None))) is None
+
+
+def test_every_named_chat_template_is_there_again(tmp_path: Path) -> None:
+    """One for tools, say, that the base's tokenizer has beside the usual one."""
+    from ftcore import checkpoint
+
+    _, plan = runs.prepared(TINY)
+    assert plan.run.model is not None
+    base, saved = tmp_path / "base", tmp_path / "saved"
+    shutil.copytree(checkpoint.locate(plan.run.model, plan.family), base)
+    words = [*TINY, "model.tiny=false", f"model.path='{base}'"]
+    tokenizer = runs.loaded(words).tokenizer
+    named = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}" + tokenizer.chat_template}
+    tokenizer.chat_template = named
+    tokenizer.save_pretrained(base)
+    loaded = runs.loaded(words)
+    assert loaded.tokenizer.chat_template == named
+    loaded.model.save_pretrained(saved)
+    loaded.tokenizer.save_pretrained(saved)
+    again = runs.loaded([*words, f"adapter.path='{saved}'"])
+    assert again.tokenizer.chat_template == named
+
+
+def test_chat_templates_in_the_config_of_older_adapters(tmp_path: Path) -> None:
+    config = tmp_path / "tokenizer_config.json"
+    assert saved_template(tmp_path) is None
+    config.write_text(json.dumps({"chat_template": "a"}))
+    assert saved_template(tmp_path) == "a"
+    entries = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]
+    config.write_text(json.dumps({"chat_template": entries}))
+    assert saved_template(tmp_path) == {"default": "a", "tool_use": "b"}
+    (tmp_path / "chat_template.jinja").write_text("c")
+    assert saved_template(tmp_path) == "c"
 
 
 def test_large_numbers_are_whole_in_a_modelfile() -> None:
