@@ -18,6 +18,7 @@ from ftcore.checkpoint import config_of
 from ftcore.cli import run as command
 from ftcore.tasks._trained import trained_config
 from ftcore.testing import runs
+from ftcore.trained_model import _fetched
 from ftcore_exporters._card import base_id
 from ftcore_exporters._ollama.modelfile import modelfile
 from ftcore_exporters._ollama.parameters import context
@@ -92,6 +93,38 @@ def test_chat_templates_in_the_config_of_older_adapters(tmp_path: Path) -> None:
     assert saved_template(tmp_path) == {"default": "a", "tool_use": "b"}
     (tmp_path / "chat_template.jinja").write_text("c")
     assert saved_template(tmp_path) == "c"
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_of_a_repository_only_the_checkpoint_is_fetched(
+    sharded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the other forms of its weights that lie beside."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    parts = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)] if sharded else ["model.safetensors"]
+    wanted = {"config.json", *parts, *(["model.safetensors.index.json"] if sharded else [])}
+    others = {
+        "consolidated.safetensors",
+        "original/params.json",
+        "original/model.safetensors",
+        "model.fp16.safetensors",
+    }
+    index = json.dumps({"weight_map": {str(number): name for number, name in enumerate(parts)}})
+    revisions = []
+
+    def fetch(repo: str, revision: str | None, **patterns: list[str]) -> str:
+        revisions.append(revision)
+        for name in filter_repo_objects(wanted | others, **patterns):
+            file = tmp_path / "c0ffee" / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(index)
+        return str(tmp_path / "c0ffee")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    folder = _fetched("me/pebble", "main")
+    assert {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} == wanted
+    assert revisions == ["main", "c0ffee"]
 
 
 def test_large_numbers_are_whole_in_a_modelfile() -> None:
