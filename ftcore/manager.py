@@ -113,6 +113,7 @@ class Hooks:
         """As `collect`, but what one plugin raises keeps no other from answering; wrappers see no exception.
 
         Also names of plugins to what they raised, and the plugins that are `trylast` and were not asked after that.
+        What a wrapper raises stands under the hook's name, and leaves no answer.
         """
         failed: dict[str, Exception] = {}
         skipped: list[str] = []
@@ -120,7 +121,11 @@ class Hooks:
             for impl in getattr(self._pm.hook, _name(spec)).get_hookimpls():
                 if not (impl.wrapper or impl.hookwrapper):
                     guards.enter_context(_guarded(impl, failed, skipped))
-            return self.collect(spec, *args, **kwargs), failed, skipped
+            try:
+                return self.collect(spec, *args, **kwargs), failed, skipped
+            except Exception as error:
+                failed[_name(spec)] = error
+                return [], failed, skipped
 
     def infos(self) -> tuple[PluginInfo, ...]:
         """Every active plugin, in order of registration."""
@@ -270,7 +275,8 @@ def _guarded(impl: Any, failed: dict[str, Exception], skipped: list[str]) -> Ite
             skipped.append(impl.plugin_name)
             return None
         try:
-            return own(*args)
+            answer = own(*args)
+            return list(answer) if inspect.isgenerator(answer) else answer  # it raises only when it is read
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # else it keeps weights in memory while others are asked
             failed[impl.plugin_name] = error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,3 +81,21 @@ def test_one_that_takes_what_others_write_is_left_out(in_tmp: Path, capsys: pyte
     assert "ftcore export run=run" in said
     ftcore.run([*WORDS[:-1], "output_dir=whole"], others[:1])
     assert asked == ["pushes"]
+
+
+def test_a_wrapper_or_a_generator_that_fails_loses_no_results_either(in_tmp: Path) -> None:
+    @hookimpl(wrapper=True)
+    def wraps() -> Generator[None, list[Artifact], list[Artifact]]:
+        yield
+        raise ValueError("around")
+
+    @hookimpl
+    def yields() -> Iterator[Artifact]:
+        raise ValueError("inside")
+        yield
+
+    for function, said in ((wraps, "around"), (yields, "inside")):
+        with pytest.raises(ValueError, match=said):
+            ftcore.run([*WORDS[:-1], f"output_dir={said}"], [SimpleNamespace(ftcore_export=function)])
+        state = json.loads(Path(said, "run.json").read_text())
+        assert (state["status"], state["steps"]) == ("failed", 1)
