@@ -7,7 +7,9 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ParamSpec, TypeVar
@@ -104,6 +106,26 @@ class Hooks:
         answers = getattr(self._pm.hook, _name(spec))(**kwargs)
         # pluggy asks the last registered first.
         return [item for answer in reversed(answers) if answer is not None for item in answer]
+
+    def collect_apart(
+        self, spec: Callable[P, Sequence[R]], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[list[R], dict[str, Exception], list[str]]:
+        """As `collect`, but what one plugin raises keeps no other from answering; wrappers see no exception.
+
+        Also names of plugins to what they raised, and the plugins that are `trylast` and were not asked after that.
+        What a wrapper raises stands under the hook's name, and leaves no answer.
+        """
+        failed: dict[str, Exception] = {}
+        skipped: list[str] = []
+        with ExitStack() as guards:
+            for impl in getattr(self._pm.hook, _name(spec)).get_hookimpls():
+                if not (impl.wrapper or impl.hookwrapper):
+                    guards.enter_context(_guarded(impl, failed, skipped))
+            try:
+                return self.collect(spec, *args, **kwargs), failed, skipped
+            except Exception as error:
+                failed[_name(spec)] = error
+                return [], failed, skipped
 
     def infos(self) -> tuple[PluginInfo, ...]:
         """Every active plugin, in order of registration."""
@@ -241,6 +263,30 @@ def _signature_hint(plugin: object) -> str | None:
             fix = f"its arguments are ({', '.join(known)}); leave out what you do not need"
             return f"{name} takes no argument '{wrong[0]}'\n    fix: {fix}"
     return None
+
+
+@contextmanager
+def _guarded(impl: Any, failed: dict[str, Exception], skipped: list[str]) -> Iterator[None]:
+    """Inside the block an implementation of this run's hooks notes what it raises, and answers nothing then."""
+    own = impl.function
+
+    def function(*args: Any) -> Any:
+        if impl.trylast and failed:
+            skipped.append(impl.plugin_name)
+            return None
+        try:
+            answer = own(*args)
+            return list(answer) if inspect.isgenerator(answer) else answer  # it raises only when it is read
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # else it keeps weights in memory while others are asked
+            failed[impl.plugin_name] = error
+            return None
+
+    impl.function = function
+    try:
+        yield
+    finally:
+        impl.function = own
 
 
 def _name(spec: Callable[..., Any]) -> str:

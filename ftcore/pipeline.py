@@ -15,6 +15,7 @@ from ftcore.config import RewardConfig, RunConfig
 from ftcore.defaults.plan import PlanMaker
 from ftcore.device import Device
 from ftcore.errors import Problem, Refused, refuse
+from ftcore.exporting import Exports, exports
 from ftcore.manager import Hooks
 from ftcore.rewards import counted, guarded
 from ftcore.specs import Answer, Artifact, Loaded, PatchReport, Phase, Plan, RunResult
@@ -69,7 +70,8 @@ def load(hooks: Hooks, plan: Plan, tokenizer: PreTrainedTokenizerBase | None = N
 def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
     """Train, evaluate and export, as the config says.
 
-    Raises Refused before any weight is read when something is wrong.
+    Raises Refused before any weight is read when something is wrong; and what an exporter raises, once the results and
+    all other exports are written.
     """
     from ftcore.answers import Answers
     from ftcore.record import RunFolder, Stopwatch, claimed
@@ -131,41 +133,49 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         watch.lap("answers_after")
 
         folder.save_trained(loaded, trainer)
-        artifacts = export(hooks, loaded)
+        written = exports(hooks, _checkpoint(loaded))
         watch.lap("export")
         result = RunResult(
             output_dir=plan.output_dir,
             metrics=metrics,
-            artifacts=artifacts,
+            artifacts=written.artifacts,
             patches=loaded.patches,
             timings=watch.laps,
             answers=[Answer(prompt=p, before=b, after=a) for p, b, a in zip(prompts, before, after, strict=True)],
         )
         folder.finish(result, trained)
+        written.raise_failed(plan.output_dir)
     return result
 
 
 def export(hooks: Hooks, loaded: Loaded) -> list[Artifact]:
-    """Run the selected exporters on a model."""
-    return _exported(hooks, Checkpoint(model=loaded.model, tokenizer=loaded.tokenizer, plan=loaded.plan))
+    """Run the selected exporters on a model. Raises what one of them does, once the others have written."""
+    written = exports(hooks, _checkpoint(loaded))
+    written.raise_failed()
+    return list(written.artifacts)
 
 
 def export_stored(hooks: Hooks, plan: Plan) -> list[Artifact]:
-    """Run the selected exporters on what a run left on disk; the model is loaded only for those that need it."""
+    """Run the selected exporters on what a run left on disk. Raises what one of them does, once the others have
+    written."""
+    written = stored_exports(hooks, plan)
+    written.raise_failed()
+    return list(written.artifacts)
+
+
+def stored_exports(hooks: Hooks, plan: Plan) -> Exports:
+    """The same, with what failed beside what was written; the model is loaded only for exporters that need it."""
     tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
     load_model = functools.partial(_loaded_model, hooks, plan, tokenizer)
-    return _exported(hooks, Checkpoint(load=load_model, tokenizer=tokenizer, plan=plan))
+    return exports(hooks, Checkpoint(load=load_model, tokenizer=tokenizer, plan=plan))
+
+
+def _checkpoint(loaded: Loaded) -> Checkpoint:
+    return Checkpoint(model=loaded.model, tokenizer=loaded.tokenizer, plan=loaded.plan)
 
 
 def _loaded_model(hooks: Hooks, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> torch.nn.Module:
     return load(hooks, plan, tokenizer).model
-
-
-def _exported(hooks: Hooks, checkpoint: Checkpoint) -> list[Artifact]:
-    try:
-        return hooks.collect(h.ftcore_export, plan=checkpoint.plan, checkpoint=checkpoint)
-    finally:
-        checkpoint.discard()
 
 
 def _hooks(config: RunConfig, plugins: Sequence[object]) -> Hooks:

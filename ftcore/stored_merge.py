@@ -1,4 +1,4 @@
-"""Base and adapter merged from their files: a chunk of rows at a time, and no model is made.
+"""Base and adapter merged from their files: a chunk of rows at a time, and no model is loaded.
 
 What cannot be told from the files alone is left to `ftcore.merge`, which merges a loaded model.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ PREFIX = "base_model.model."
 ADAPTER = "adapter_model.safetensors"
 STARTS = (True, False, "gaussian", "orthogonal", None)
 """`init_lora_weights` that leave the base's weights as they are (PEFT's `LoraConfig`)."""
+COMPUTED = "rotary_emb.inv_freq"
+"""End of names in older checkpoints of what models compute now, and load no longer."""
 
 
 def stored(base: Path, adapter: Path | None, config: PretrainedConfig) -> Weights | str:
@@ -40,6 +43,8 @@ def stored(base: Path, adapter: Path | None, config: PretrainedConfig) -> Weight
     if getattr(config, "quantization_config", None):
         return "the base is stored quantized"
     weights = {name: weight for file in files for name, weight in read_weights(file).items()}
+    for name in _never_loaded(weights, config):
+        del weights[name]
     strict = _kept_exact(config)
     weights = {n: Weight(w.shape, w.dtype, w.read, any(part in n for part in strict)) for n, w in weights.items()}
     if adapter is not None:
@@ -52,10 +57,34 @@ def stored(base: Path, adapter: Path | None, config: PretrainedConfig) -> Weight
 
 def _kept_exact(config: PretrainedConfig) -> tuple[str, ...]:
     """Parts of names of what the model keeps in float32, as its class says."""
+    return tuple(getattr(_class(config), "_keep_in_fp32_modules_strict", None) or ())
+
+
+def _class(config: PretrainedConfig) -> Any:
     import transformers
 
-    cls = getattr(transformers, (config.architectures or [""])[0], None)
-    return tuple(getattr(cls, "_keep_in_fp32_modules_strict", None) or ())
+    return getattr(transformers, (config.architectures or [""])[0], None)
+
+
+def _never_loaded(names: Iterable[str], config: PretrainedConfig) -> set[str]:
+    """What checkpoints hold and the model's class leaves out when it loads them, as layers that guess further tokens.
+
+    Consumers that know each tensor, as llama.cpp, load no file that has more than the model.
+    """
+    cls = _class(config)
+    patterns = getattr(cls, "_keys_to_ignore_on_load_unexpected", None) or ()
+    found = {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+    return {name for name in names if name.endswith(COMPUTED)} | (found - _own_names(cls, config) if found else set())
+
+
+def _own_names(cls: Any, config: PretrainedConfig) -> set[str]:
+    """Published names of the class's weights: its patterns match some of them too, and mean only what is none."""
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    with torch.device("meta"):
+        model = cls(config)
+    return set(revert_weight_conversion(model, model.state_dict()))
 
 
 def _without_ties(weights: dict[str, Weight], config: Any) -> dict[str, Weight]:

@@ -128,8 +128,6 @@ class Checkpoint:
 
     def _base_folder(self) -> Path:
         """The base checkpoint on this machine; a hub id's safetensors are fetched where they are not there."""
-        from huggingface_hub import snapshot_download
-
         from ftcore import checkpoint
 
         assert self.plan.run.model is not None
@@ -137,8 +135,7 @@ class Checkpoint:
         place = checkpoint.locate(model, self.plan.family)
         if Path(place).is_dir():
             return Path(place)
-        kept = ["*.json", "*.safetensors"]
-        return Path(snapshot_download(place, revision=model.revision, allow_patterns=kept))
+        return _fetched(place, model.revision)
 
     def _stored_config(self) -> PretrainedConfig:
         from transformers import AutoConfig
@@ -174,3 +171,17 @@ class Checkpoint:
 
         mapping = getattr(transformers, self.plan.family.auto_class)._model_mapping
         return mapping[type(config)].__name__ if type(config) in mapping else None
+
+
+def _fetched(repo: str, revision: str | None) -> Path:
+    """The files of a hub's repository that make a transformers checkpoint. Many hold the weights in another form too,
+    such as `consolidated.safetensors` and `original/`, which would fill the disk."""
+    from huggingface_hub import snapshot_download
+
+    from ftcore.safetensors_file import INDEX, SINGLE, indexed_files
+
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json"], ignore_patterns=["*/*"]))
+    index = folder / INDEX
+    weights = [file.name for file in indexed_files(index)] if index.is_file() else [SINGLE]
+    # The folder has the commit's name: a branch may have moved on meanwhile.
+    return Path(snapshot_download(repo, revision=folder.name, allow_patterns=weights))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftcore import checkpoint, rope, templates, unsafe_weights, vocabulary
+from ftcore.adapter_folder import saved_template
 from ftcore.errors import Exit, Problem, Refused
 from ftcore.hooks import hookimpl
 from ftcore.specs import PatchReport, Phase, Plan
@@ -65,11 +66,10 @@ def _own_tokenizer(place: str, revision: str | None) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _saved_template(plan: Plan) -> str | None:
+def _saved_template(plan: Plan) -> str | dict[str, str] | None:
     """The template that the adapter was trained with: it is saved beside it, and may be another than the base's."""
     path = getattr(plan.run.adapter, "path", None)
-    file = Path(path) / "chat_template.jinja" if path else None
-    return file.read_text(encoding="utf-8") if file is not None and file.is_file() else None
+    return saved_template(Path(path)) if path else None
 
 
 @hookimpl(trylast=True)

@@ -24,7 +24,9 @@ def main(argv: list[str]) -> int:
         )
     target = config.output_dir if any(w.startswith("output_dir=") for w in argv) else config.run
     hooks, plan = prepared(replace(config, output_dir=target))
-    artifacts = pipeline.export_stored(hooks, plan)
-    record_exports(Path(str(config.run)), artifacts)
-    show_artifacts(artifacts)
+    written = pipeline.stored_exports(hooks, plan)
+    if written.artifacts:
+        record_exports(Path(str(config.run)), written.artifacts)
+        show_artifacts(written.artifacts)
+    written.raise_failed()
     return 0

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ftcore import Plan
+from ftcore import Plan, checkpoint
 from ftcore_exporters._recorded import origin, recorded
 
 HYPERPARAMETERS = (
@@ -19,6 +19,7 @@ HYPERPARAMETERS = (
     *("weight_decay", "seed"),
 )
 ADAPTERS = ("r", "alpha", "dropout", "variant", "targets")
+VARIABLES = {"AutoFeatureExtractor": "feature_extractor", "AutoProcessor": "processor", "AutoTokenizer": "tokenizer"}
 FORMS = {"adapter": "a LoRA adapter (PEFT)", "gguf": "GGUF files for llama.cpp"}
 
 
@@ -32,7 +33,7 @@ def card(plan: Plan, what: str, source: Path, repo_id: str, license_id: str | No
     found = recorded(plan)
     lines = [*_front(plan, what, source, license_id), f"# {repo_id.rpartition('/')[2]}", ""]
     lines += [f"This is {FORMS.get(what, f'a merged model ({what})')}, fine-tuned from {_base_text(plan)} with ftcore."]
-    lines += ["", *_training(found), *_metrics(plan), *_usage(what, source, repo_id)]
+    lines += ["", *_training(found), *_metrics(plan), *_usage(plan, what, source, repo_id)]
     if license_id is None:
         lines += ["## Licence", "", "Not stated. That of the base model may apply.", ""]
     return "\n".join(lines)
@@ -120,17 +121,50 @@ def _metrics(plan: Plan) -> Iterator[str]:
         yield ""
 
 
-def _usage(what: str, source: Path, repo_id: str) -> Iterator[str]:
+def _usage(plan: Plan, what: str, source: Path, repo_id: str) -> Iterator[str]:
     yield from ("## Use", "")
+    is_adapter = (source / "adapter_config.json").is_file()
     if (source / "SERVE.md").is_file():
         yield "`SERVE.md` has the command that serves it."
         yield ""
     elif what == "gguf":
         yield from ("```sh", f"llama-server -hf {repo_id}", "```", "")
-    elif not (source / "config.json").is_file() and not (source / "adapter_config.json").is_file():
-        return
-    auto = "AutoPeftModelForCausalLM" if (source / "adapter_config.json").is_file() else "AutoModelForCausalLM"
-    package = "peft" if auto.startswith("AutoPeft") else "transformers"
-    yield from ("```python", f"from {package} import {auto}", "from transformers import AutoTokenizer", "")
-    yield f'model = {auto}.from_pretrained("{repo_id}")'
-    yield from (f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")', "```", "")
+    if is_adapter or (source / "config.json").is_file():
+        yield from ("```python", *_loading(plan, source, repo_id, is_adapter), "```", "")
+
+
+def _loading(plan: Plan, source: Path, repo_id: str, is_adapter: bool) -> Iterator[str]:
+    """Python that loads the model by the class that was trained, and what makes its inputs."""
+    auto = plan.family.auto_class
+    inputs = ["AutoTokenizer"]
+    if (source / "preprocessor_config.json").is_file():
+        # An adapter's folder has no config that says which processor hears: its two parts are loaded one by one.
+        apart = is_adapter and plan.family.vision is None
+        inputs = ["AutoFeatureExtractor", "AutoTokenizer"] if apart else ["AutoProcessor"]
+    if is_adapter and auto == "AutoModelForCausalLM":
+        yield "from peft import AutoPeftModelForCausalLM"
+        yield f"from transformers import {', '.join(inputs)}"
+        yield from ("", f'model = AutoPeftModelForCausalLM.from_pretrained("{repo_id}")')
+    elif is_adapter:
+        yield "from peft import PeftModel"
+        yield f"from transformers import {', '.join(sorted([auto, *inputs]))}"
+        yield from ("", f'base = {auto}.from_pretrained("{_base_name(plan)}"{_labels(plan)})')
+        yield f'model = PeftModel.from_pretrained(base, "{repo_id}")'
+    else:
+        yield f"from transformers import {', '.join(sorted([auto, *inputs]))}"
+        yield from ("", f'model = {auto}.from_pretrained("{repo_id}")')
+    for name in inputs:
+        yield f'{VARIABLES[name]} = {name}.from_pretrained("{repo_id}")'
+
+
+def _base_name(plan: Plan) -> str:
+    """The base as the pushed `adapter_config.json` names it: no folder of this machine."""
+    model = origin(plan)
+    return base_id(plan) or Path(checkpoint.locate(model, plan.family)).name
+
+
+def _labels(plan: Plan) -> str:
+    """How many outputs the head has, which the base does not tell."""
+    settings = plan.family.settings
+    count = settings.get("num_labels") or len(settings.get("id2label") or ())
+    return f", num_labels={count}" if count else ""

@@ -22,6 +22,11 @@ def unmergeable(plan: Plan) -> Iterator[Problem]:
         yield Problem("export", message, "export the adapter, or train over 16-bit weights")
 
 
+def makes_up_for_rounding(plan: Plan) -> bool:
+    """LoftQ's adapter holds what rounding took, and is wrong over any weights but the quantized ones."""
+    return plan.run.quantizer is not None and value(getattr(plan.run.adapter, "init", None)) == "loftq"
+
+
 def not_writing(plan: Plan, name: str) -> Iterator[Problem]:
     """Engines that answer requests with text cannot be given a model that writes none."""
     if plan.family.auto_class not in WRITERS:

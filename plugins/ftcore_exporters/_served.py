@@ -12,7 +12,7 @@ from ftcore.config import ReadBackConfig
 from ftcore.paths import whole_folder
 from ftcore.rope import scaling
 from ftcore_exporters import _adapter_folder, _adapter_lint, _serving
-from ftcore_exporters._merging import not_writing, unmergeable
+from ftcore_exporters._merging import makes_up_for_rounding, not_writing, unmergeable
 
 FORMS = ("merged", "adapter")
 GUIDE = "SERVE.md"
@@ -71,6 +71,11 @@ def problems(plan: Plan, server: Server, config: ServedConfig) -> list[Problem]:
         ]
         if plan.run.model and scaling(plan.run.model, plan.family):
             message = f"{server.title} would serve the base with its own RoPE, and the adapter was trained over another"
+            found.append(Problem(f"{key}.form", message, f"use {key}.form=merged"))
+        if makes_up_for_rounding(plan):
+            message = (
+                f"{server.title} would serve the base in 16 bits, and an adapter of loftq is right over 4 bits only"
+            )
             found.append(Problem(f"{key}.form", message, f"use {key}.form=merged"))
     return found
 

@@ -34,6 +34,7 @@ def ftcore_export(plan: Plan, checkpoint: Checkpoint) -> list[Artifact]:
     from ftcore.report import note
     from ftcore_exporters._adapter_folder import read_back, write
     from ftcore_exporters._adapter_lint import lint, serving_names
+    from ftcore_exporters._merging import makes_up_for_rounding
 
     target = plan.output_dir / "export" / "adapter"
     with whole_folder(target) as folder:
@@ -44,5 +45,10 @@ def ftcore_export(plan: Plan, checkpoint: Checkpoint) -> list[Artifact]:
             note(f"adapter: {server} will not serve it as it was trained: {reason}; export the merged model for it")
     checks = read_back(checkpoint, target) if plan.config(Config).verify else {}
     rank = f", vLLM with --max-lora-rank {found.max_lora_rank}" if found.max_lora_rank and not found.vllm else ""
+    if makes_up_for_rounding(plan):
+        quantizer = plan.run.quantizer.name if plan.run.quantizer else ""
+        note(
+            f"adapter: it began with loftq, so it is right only over the base quantized by {quantizer}, as in training"
+        )
     said = f"rank {found.rank}, {found.modules} modules; for PEFT{rank}"
     return [Artifact.of("adapter", target, said, {**checks, "lint": found.checks()})]

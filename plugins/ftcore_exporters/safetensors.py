@@ -31,7 +31,9 @@ class Config(ReadBackConfig):
 
 @hookimpl
 def ftcore_check_plan(plan: Plan) -> list[Problem]:
-    """A dtype that exists, and an adapter that can be merged."""
+    """A dtype that exists, and an adapter that can be merged, onto weights that it fits."""
+    from ftcore_exporters._merging import makes_up_for_rounding
+
     config, found = plan.config(Config), []
     for key, value, known in (("dtype", config.dtype, DTYPES), ("onto", config.onto, BASES)):
         if value not in known:
@@ -40,6 +42,10 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
     if config.shard_size < 1:
         fix = "leave it out for files of 5000 MB"
         found.append(Problem("export.safetensors.shard_size", f"{config.shard_size} MB hold nothing", fix))
+    if config.onto == "original" and makes_up_for_rounding(plan):
+        message = "`original` would add what rounding took a second time: the adapter of adapter.init=loftq holds it"
+        fix = "use export.safetensors.onto=dequantized"
+        found.append(Problem("export.safetensors.onto", message, fix))
     variant = getattr(plan.run.adapter, "variant", None)
     if plan.run.quantizer and getattr(variant, "value", variant) == "dora":
         message = "DoRA over quantized weights cannot be merged exactly"

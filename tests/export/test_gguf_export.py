@@ -203,3 +203,15 @@ def test_images_have_a_file_of_their_own(tmp_path: Path) -> None:
     assert NAME.match(images.path.name.removeprefix("mmproj-"))
     assert value(gguf.GGUFReader(images.path), "general.type") == "mmproj"
     assert not [t.name for t in gguf.GGUFReader(decoder.path).tensors if t.name.startswith(("v.", "mm."))]
+
+
+@pytest.mark.parametrize("target", ["gguf", "ollama"])
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_head_that_training_makes_another_is_refused_before_it(target: str, module: str) -> None:
+    """llama.cpp's Gemma has its embedding as the head; Llama may have one of its own."""
+    words = ["model.tiny=true", f"adapter.modules_to_save=[{module}]", f"+export=[{target}]"]
+    (problem,) = runs.refusals(["+model=gemma2", *words])
+    assert problem.key == f"export.{target}"
+    assert "has its embedding as the head" in problem.message
+    assert not runs.refusals(["+model=smollm2", *words])
+    assert not runs.refusals(["+model=gemma2", *words[::2], "adapter.modules_to_save=[lm_head,embed_tokens]"])

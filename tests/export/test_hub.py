@@ -88,6 +88,49 @@ def test_an_adapter_names_its_base_and_no_folder_of_this_machine(hub: Hub, run_f
     assert "AutoPeftModelForCausalLM" in card
 
 
+@pytest.mark.parametrize("what", ["safetensors", "adapter"])
+@pytest.mark.parametrize(
+    ("words", "model", "inputs"),
+    [
+        ("+model=llama +trainer=sft", "ForCausalLM", "Tokenizer"),
+        ("+model=bert +trainer=classify", "ForSequenceClassification", "Tokenizer"),
+        ("+model=llama +trainer=reward", "ForSequenceClassification", "Tokenizer"),
+        ("+model=bert +trainer=embed", "BertModel", "Tokenizer"),
+        ("+model=gemma3_vision +trainer=sft data=images", "ForConditionalGeneration", "Processor"),
+        ("+model=whisper +trainer=speech", "ForConditionalGeneration", "Whisper"),
+    ],
+)
+def test_the_code_of_a_card_loads_what_was_trained(
+    what: str, words: str, model: str, inputs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ftcore import checkpoint, pipeline
+    from ftcore_exporters._card import card
+
+    verify = f"export.{what}.verify=false"
+    hooks, plan = runs.prepared([*words.split(), "model.tiny=true", f"+export=[{what}]", verify,
+                                 f"output_dir='{tmp_path}'"])  # fmt: skip
+    loaded = pipeline.load(hooks, plan)
+    runs.shake(loaded.model, trainable_only=True)
+    (artifact,) = pipeline.export(hooks, loaded)
+    text = card(plan, what, artifact.path, str(artifact.path), None)
+    monkeypatch.chdir(Path(checkpoint.locate(plan.run.model, plan.family)).parent)  # where a base's name is a folder
+    found: dict[str, object] = {}
+    exec(text.split("```python")[1].split("```")[0], found)
+    base = found["model"] if what == "safetensors" else found["model"].get_base_model()  # type: ignore[attr-defined]
+    assert type(base).__name__.endswith(model)
+    named = found.get("processor") or found.get("feature_extractor") or found["tokenizer"]
+    assert inputs in type(named).__name__ or (inputs == "Tokenizer" and named is found["tokenizer"])
+
+
+def test_a_gguf_is_loaded_by_llama_cpp_alone(tmp_path: Path) -> None:
+    from ftcore_exporters._card import card
+
+    _, plan = runs.prepared([*RUN[:2], f"output_dir='{tmp_path}'"])
+    text = card(plan, "gguf", tmp_path, "me/pebble", None)
+    assert "llama-server -hf me/pebble" in text
+    assert "```python" not in text
+
+
 def test_the_token_is_written_nowhere(
     hub: Hub, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ftcore import checkpoint as sources
 from ftcore import pipeline
 from ftcore.errors import Refused
 from ftcore.merge import merged_weights, write_weights
 from ftcore.safetensors_file import checkpoint_files, read_weights
+from ftcore.stored_merge import stored
 from ftcore.testing import maths, runs
 from ftcore.trained_model import Checkpoint
 
@@ -104,6 +107,49 @@ def test_a_merge_from_files_is_the_model(tmp_path: Path) -> None:
     assert not notes["unexpected_keys"]
     batch = runs.batch_for(loaded.model)
     assert float((runs.logits_of(again, batch) - runs.logits_of(loaded.model, batch)).abs().max()) <= 1e-5
+
+
+def with_more(base: Path, target: Path, *names: str) -> Path:
+    """A checkpoint that holds further tensors."""
+    shutil.copytree(base, target)
+    file = target / "model.safetensors"
+    save_file({**load_file(file), **{name: torch.ones(4) for name in names}}, file, {"format": "pt"})
+    return target
+
+
+def test_what_old_checkpoints_hold_and_no_model_loads_is_in_no_export(tmp_path: Path) -> None:
+    """llama.cpp loads no file with a tensor that it does not know."""
+    from gguf import GGUFReader
+
+    from ftcore_exporters.gguf.export import write_files
+
+    _, plan = runs.prepared(["+model=llama", "model.tiny=true"])
+    frequencies = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in (0, 1)]
+    old = with_more(Path(sources.locate(plan.run.model, plan.family)), tmp_path / "old", *frequencies)
+    words = ("+model=llama", f"model.path='{old}'", "model.tiny=false")
+    files, memory = both(tmp_path / "run", *words)
+    assert files.weights().keys() == memory.weights().keys()
+    [(file, _)] = write_files(files, tmp_path / "gguf", ["f32"])
+    assert [tensor.name for tensor in GGUFReader(file).tensors if "rot" in tensor.name] == []
+
+
+def test_layers_that_guess_further_tokens_are_left_out_and_the_models_own_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig, DeepseekV3ForCausalLM
+
+    _, plan = runs.prepared(["+model=deepseek_v3", "model.tiny=true"])
+    base = Path(sources.locate(plan.run.model, plan.family))
+    config = AutoConfig.from_pretrained(base)
+    further = with_more(base, tmp_path / "further", "model.layers.61.eh_proj.weight")
+    kept = stored(base, None, config)
+    assert not isinstance(kept, str)
+    for patterns in (DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected, [r"model\.layers\.(61|1)\..*"]):
+        # As GLM's patterns, which name the layer after the last of each size that there is.
+        monkeypatch.setattr(DeepseekV3ForCausalLM, "_keys_to_ignore_on_load_unexpected", patterns)
+        found = stored(further, None, config)
+        assert not isinstance(found, str)
+        assert found.keys() == kept.keys()
 
 
 def test_every_file_is_one_that_safetensors_reads(tmp_path: Path) -> None:

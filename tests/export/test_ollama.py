@@ -240,7 +240,8 @@ def test_an_unknown_template_is_never_guessed(changed: str, why: str) -> None:
 
 def test_what_differs_is_said() -> None:
     said = {case.name: " ".join(template_of(of_case(case)).remarks) for case in CASES}
-    assert said["chatml"] == said["qwen2_5"] == said["phi3"] == ""
+    assert said["chatml"] == said["phi3"] == ""
+    assert said["qwen2_5"] == TOOLS
     assert "takes no system message" in said["gemma"]
     assert "strips white space around messages of user and assistant" in said["gemma3"]
     assert "date of the day" in said["llama3_2"]
@@ -403,6 +404,19 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         pipeline.export(hooks, pipeline.load(hooks, plan))
     assert [path for path in run.rglob("*") if path.is_file()] == []
     assert not (run / "export" / "ollama").exists()
+
+
+TOOLS = "Tools are not mapped: tools and tool answers are left out."
+
+
+def test_tools_and_images_that_ollama_is_not_told_of_are_said() -> None:
+    with_tools = CHATML + "{% if tools %}{{ tools | tojson }}{% endif %}"
+    assert template_of(tokenizer_of(CHATML)).remarks == ()
+    assert template_of(tokenizer_of(with_tools)).remarks == (TOOLS,)
+    named = tokenizer_of(CHATML)
+    named.chat_template = {"default": CHATML, "tool_use": with_tools}
+    assert template_of(named).remarks == (TOOLS,)
+    assert template_of(tokenizer_of(CHATML), images=True).remarks[-1].startswith("Images are not mapped")
 
 
 def test_an_unknown_template_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

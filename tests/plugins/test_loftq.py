@@ -11,6 +11,7 @@ import torch
 
 import ftcore
 from ftcore import checkpoint
+from ftcore.cli import run as command
 from ftcore.merge import merged_weights
 from ftcore.testing import maths, runs
 
@@ -179,6 +180,27 @@ def test_what_makes_no_sense_is_refused(in_tmp: Path) -> None:
     for quantizer in ("bnb_int8", "fp8"):
         message = f"{NO_4_BITS} {quantizer} does not round to 4 bits"
         assert refusal(tiny, f"+quantizer={quantizer}") == [("adapter.init", message, USE_NF4)]
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        ("+export=[safetensors] export.safetensors.onto=original", "export.safetensors.onto"),
+        ("+export=[vllm] export.vllm.form=adapter", "export.vllm.form"),
+        ("+export=[gguf] export.gguf.lora=true", "export.gguf"),
+    ],
+)
+def test_it_is_not_added_to_weights_that_never_lost_what_it_holds(words: str, key: str, in_tmp: Path) -> None:
+    assert [p.key for p in runs.refusals([*LOFTQ, *words.split()])] == [key]
+    assert not runs.refusals([*NF4, *words.split()])
+
+
+def test_later_exports_know_of_it_too(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ftcore.run([*LOFTQ, "+trainer=sft", "trainer.max_steps=1", "prompts=[]", "output_dir=run"])
+    assert command(["export", "run=run", "+export=[safetensors]", "export.safetensors.onto=original"]) == 2
+    assert "use export.safetensors.onto=dequantized" in capsys.readouterr().err
+    assert command(["export", "run=run", "+export=[adapter]", "export.adapter.verify=false"]) == 0
+    assert "right only over the base quantized by bnb_nf4" in capsys.readouterr().out
 
 
 def test_a_quantized_checkpoint_is_refused(in_tmp: Path) -> None:

@@ -58,7 +58,7 @@ def write_folder(
     """
     from ftcore_exporters.gguf.export import write_files
 
-    template = template_of(checkpoint.tokenizer)
+    template = template_of(checkpoint.tokenizer, images=checkpoint.plan.family.vision is not None)
     for remark in template.remarks:
         note(f"ollama: {remark}")
     with whole_folder(target) as folder:
@@ -89,8 +89,11 @@ def modelfile_of(
     )
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """The tokenizer's chat template in Ollama's language; without text where it is not proved to be the same."""
+def template_of(tokenizer: PreTrainedTokenizerBase, images: bool = False) -> Template:
+    """The tokenizer's chat template in Ollama's language; without text where it is not proved to be the same.
+
+    :param images: whether the model reads images.
+    """
     if not tokenizer.chat_template:
         return Template(text=None, whose="none, prompts are handed over as they stand", fit=None)
     jinja = tokenizer.get_chat_template()
@@ -103,7 +106,9 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
         return Template(text=None, whose="unknown", fit=None, remarks=(NO_TEMPLATE,))
     known = KNOWN.get(digest(jinja))
     whose = known or f"the format of {found.layout.name}, proved by rendering"
-    return Template(text=text, whose=whose, fit=found, begin=begin, remarks=tuple(_remarks(found, adds)))
+    return Template(
+        text=text, whose=whose, fit=found, begin=begin, remarks=(*_remarks(found, adds), *_left_out(tokenizer, images))
+    )
 
 
 def _remarks(found: Fit, adds: bool) -> list[str]:
@@ -119,6 +124,14 @@ def _remarks(found: Fit, adds: bool) -> list[str]:
     if adds and not found.writes_bos:
         said.append("Ollama puts the begin-of-text token in front, which the chat template does not write.")
     return said
+
+
+def _left_out(tokenizer: PreTrainedTokenizerBase, images: bool) -> list[str]:
+    """What the chat template writes and the Modelfile's does not."""
+    named = tokenizer.chat_template
+    texts = named.values() if isinstance(named, dict) else [named]
+    said = ["Tools are not mapped: tools and tool answers are left out."] if any("tool" in t for t in texts) else []
+    return [*said, *(["Images are not mapped: the model is given text alone."] if images else [])]
 
 
 def _license(plan: Plan) -> str | None:
