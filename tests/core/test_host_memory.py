@@ -98,6 +98,9 @@ def test_what_is_not_there_is_not_taken(monkeypatch) -> None:
 class Layer:
     """Inputs of 2 bytes a token, 1 beside them, and 10 of work."""
 
+    recorded = 0
+    width = 2
+
     def input_bytes(self, rows: int, length: int) -> int:
         return 2 * rows * length
 

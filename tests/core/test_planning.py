@@ -123,10 +123,30 @@ def test_the_plan_shows_every_setting(in_tmp, capsys) -> None:
     assert "none of these fits" not in out
 
 
+@pytest.mark.parametrize("gibibytes", [4, 5.5, 6.5])
+def test_what_auto_has_room_for_has_no_gaps(gibibytes) -> None:
+    """Recorded launches take more memory, which may be short for a row although longer ones fit without them."""
+    found, room = forecast(*QWEN), free(gibibytes)
+    assert all(found.peak(Memory.auto, 1, 256 * number, room) <= room for number in range(1, 24))
+    assert found.longest(Memory.auto, room) > 24 * 256
+
+
+def test_activations_in_32_bits_are_counted_so() -> None:
+    rows, length = 4, 1024
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        of = forecast("+model=qwen3", "model.shape=qwen3-0.6b", f"model.dtype={dtype}", "+trainer=sft")
+        work, head = of._for_a_while(Memory.off, rows, length, tiled=False)
+        found[dtype] = of.kept(of.layout(Memory.off, rows, length), rows, length), work, head
+    for half, whole in zip(found["bfloat16"], found["float32"], strict=True):
+        assert 1.3 * half < whole <= 2 * half
+    assert found["float32"][0] == pytest.approx(2 * found["bfloat16"][0], rel=0.01)
+
+
 def test_a_named_card_brings_its_memory_and_its_pace(in_tmp, capsys) -> None:
-    slow, out = said(capsys, "gpu=T4")
+    slow, out = said(capsys, "gpu=T4", "host_memory=64")
     assert "Memory of a GPU of 14.5 GiB" in out
-    fast, out = said(capsys, "gpu=H100", "gpu_memory=14.5")
+    fast, out = said(capsys, "gpu=H100", "gpu_memory=14.5", "host_memory=64")
     assert "Memory of a GPU of 14.5 GiB" in out
     assert "times as on a H100 SXM" in out
     assert [line[:3] for line in slow] == [line[:3] for line in fast]
