@@ -221,13 +221,19 @@ class Forecast(Held):
 
     # -------------------------------------------------------------------------------------------------------- answers
 
+    def fits(self, memory: Memory, rows: int, length: int, limit: int) -> bool:
+        """Whether a micro-batch fits so many bytes of the GPU, and what waits in host memory what the host has."""
+        if self.peak(memory, rows, length, limit) > limit:
+            return False
+        return self.host(memory, rows, length, limit) <= host_free(self.plan, memory)
+
     def longest(self, memory: Memory, limit: int) -> int:
         """Tokens of the longest single row that fits so many bytes, in steps of `STEP`; 0 if none does."""
-        return STEP * _largest(lambda count: self.peak(memory, 1, STEP * count, limit) <= limit, LONGEST // STEP)
+        return STEP * _largest(lambda count: self.fits(memory, 1, STEP * count, limit), LONGEST // STEP)
 
     def most_rows(self, memory: Memory, length: int, limit: int) -> int:
         """Rows of that length in a micro-batch that fits."""
-        return _largest(lambda count: self.peak(memory, count, length, limit) <= limit, LONGEST // STEP)
+        return _largest(lambda count: self.fits(memory, count, length, limit), LONGEST // STEP)
 
     @property
     def rows(self) -> int:

@@ -42,6 +42,8 @@ class Applied:
     """Bytes of optimizer state for each trained parameter."""
     there: Callable[[], int] = available
     """Bytes of host memory that were there when it was first asked for: before any input was."""
+    sequences: int = 1
+    """Of a row of the data set: both answers of a pair are read at once."""
 
 
 def apply(plan: Plan, model: Any) -> bool:
@@ -51,7 +53,9 @@ def apply(plan: Plan, model: Any) -> bool:
     """
     chosen = layers_that_choose(model)
     mode, there = plan.run.memory, functools.cache(available)
-    model.ftcore_memory = Applied(mode, optimizer_bytes(plan, trained_width(model)), there)
+    passes = plan.trainer.passes if plan.trainer else None
+    sequences = passes.sequences if passes else 1
+    model.ftcore_memory = Applied(mode, optimizer_bytes(plan, trained_width(model)), there, sequences)
     on_gpu = plan.device.kind == "cuda"
     for layer in chosen:
         layer.width = width_of(plan.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 from ftcore.cards import Card, called, of_size, present
 from ftcore.catalog import installed
 from ftcore.config import Memory, Optimizer, QuantizerConfig
-from ftcore.forecast import STEP, Forecast, Layout, allowed, free, host_free
+from ftcore.forecast import PROMPT, STEP, Forecast, Layout, allowed, free
 from ftcore.held import BITS
 from ftcore.hooks import PROJECT
 from ftcore.report import heading, note, table
@@ -19,6 +19,8 @@ from ftcore.specs import Plan
 from ftcore.step_time import Pace
 
 ORDER = (Memory.off, Memory.least, Memory.offload, Memory.auto)
+WRITTEN = "max_completion_length"
+"""Setting of the trainers whose model writes what it learns from."""
 HEADER = ("", "", "longest row", "rows", "host", "~ step", "~ tokens/s")
 
 
@@ -66,16 +68,15 @@ def card_of(plan: Plan) -> Card:
 
 def fits(forecast: Forecast, memory: Memory, rows: int, length: int, room: int) -> bool:
     """Whether a micro-batch fits so many bytes of the GPU, and its inputs what the host has."""
-    if forecast.peak(memory, rows, length, room) > room:
-        return False
-    return forecast.host(memory, rows, length, room) <= host_free(forecast.plan, memory)
+    return forecast.fits(memory, rows, length, room)
 
 
 def line(forecast: Forecast, card: Card, memory: Memory, room: int) -> Sequence[str]:
     """A row of the table."""
     rows, length = forecast.rows, forecast.length
     peak, there = forecast.peak(memory, rows, length, room), fits(forecast, memory, rows, length, room)
-    said = f"{peak / 2**30:.1f} GiB" + ("" if there else ", too much")
+    too_much = ", too much" if peak > room else ", too much for the host"
+    said = f"{peak / 2**30:.1f} GiB" + ("" if there else too_much)
     longest, most = forecast.longest(memory, room), forecast.most_rows(memory, length, room)
     if not there:
         return f"memory={memory.value}", said, f"{longest:,}", f"{most:,}", "-", "-", "-"
@@ -138,12 +139,29 @@ def next_setting(forecast: Forecast, room: int) -> str:
                     return "set " + " ".join((*words, *([f"trainer.micro_batch={number}"] if number != rows else [])))
     last = others[-1]
     number = fewer[-1]
-    lengths = range(length // STEP * STEP, 0, -STEP)
-    short = next((n for n in lengths if fits(last.forecast, Memory.offload, number, n, room)), None)
+    least = PROMPT + STEP if forecast.passes.written else STEP
+    shorter = (_of_rows(last.forecast, n) for n in range(length // STEP * STEP, least - 1, -STEP))
+    short = next(
+        (other for other in shorter if fits(other.forecast, Memory.offload, number, other.forecast.length, room)), None
+    )
     if short is None:
         return "no setting of this model does; take a smaller model"
-    words = (*last.words, "memory=offload", f"trainer.max_length={short}")
+    words = (*last.words, "memory=offload", *short.words)
     return "set " + " ".join((*words, *([f"trainer.micro_batch={number}"] if number != rows else [])))
+
+
+def _of_rows(forecast: Forecast, length: int) -> _Other:
+    """The run with rows of so many tokens at most: a completion has a prompt before it."""
+    trainer, passes = forecast.plan.run.trainer, forecast.passes
+    assert trainer is not None
+    settings: dict[str, int] = {}
+    if passes.written + PROMPT > length and hasattr(trainer, WRITTEN):
+        settings[WRITTEN] = length - PROMPT
+        passes = replace(passes, written=length - PROMPT)
+    if trainer.max_length > length:
+        settings["max_length"] = length
+    words = [f"trainer.{name}={value}" for name, value in settings.items()]
+    return _Other(tuple(words), replace(forecast.instead(**settings), passes=passes))
 
 
 def _others(forecast: Forecast) -> Iterator[_Other]:

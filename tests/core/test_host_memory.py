@@ -147,6 +147,12 @@ def test_the_next_setting_and_the_longest_row(monkeypatch, mode, gpu, host, said
     assert remedy.remedy(model_with(mode, monkeypatch, gpu, host)).startswith(said)
 
 
+def test_a_row_that_is_a_pair_is_half_as_long(monkeypatch) -> None:
+    model = model_with(Memory.auto, monkeypatch, 22 * 5120, 12 * 5120)
+    model.ftcore_memory = Applied(Memory.auto, sequences=2)
+    assert "longest row that fits: 2,560 tokens" in remedy.remedy(model)
+
+
 def test_a_host_without_memory_is_left_alone(monkeypatch) -> None:
     model = model_with(Memory.offload, monkeypatch, 10**6, 0)
     assert remedy.remedy(model, of_host=True).startswith("set memory=least, which leaves nothing in host memory")

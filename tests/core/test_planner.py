@@ -16,7 +16,7 @@ import ftcore
 from ftcore import Role, memory
 from ftcore.config import Graphs, Memory, Optimizer
 from ftcore.planner import POOL, Lean, Planner, assign
-from ftcore.specs import Level, Plan
+from ftcore.specs import Level, Passes, Plan, TrainerSpec
 from ftcore.store import Sizes, Store, stored
 from ftcore.testing import maths, runs
 
@@ -562,6 +562,15 @@ def test_layers_know_how_wide_activations_are(dtype, width) -> None:
     assert counted[0].input_bytes(2, 3) == width * 6 * model.config.hidden_size
     wide, narrow = (memory.head_bytes(model, 2, 3, bytes_) for bytes_ in (4, 2))
     assert wide - narrow == 2 * 6 * model.config.vocab_size + 6 * 6 * model.config.hidden_size
+
+
+def test_a_model_knows_how_many_sequences_a_row_is() -> None:
+    plan, model = fresh()
+    memory.apply(plan, model)
+    assert model.ftcore_memory.sequences == 1
+    pairs = TrainerSpec(accepts=frozenset({"pair"}), passes=Passes(sequences=2))
+    memory.apply(replace(plan, trainer=pairs), model)
+    assert model.ftcore_memory.sequences == 2
 
 
 def test_recorded_launches_take_memory_of_their_own(monkeypatch) -> None:

@@ -98,6 +98,16 @@ def test_weights_in_host_memory_have_to_fit_there() -> None:
         assert planning.fits(of, Memory.offload, 1, 1024, free(80)) is there
 
 
+def test_the_host_s_memory_is_named_where_it_is_what_is_short() -> None:
+    """And no row is said to fit that the host has no room for."""
+    found = forecast("+model=llama", "model.shape=llama3.1-8b", "model.dtype=bfloat16", "+trainer=sft")
+    of = replace(found, plan=replace(found.plan, run=replace(found.plan.run, host_memory=1.0)))
+    _, said, longest, most, *_ = planning.line(of, of_size(80), Memory.offload, free(80))
+    assert said.endswith("too much for the host")
+    assert (longest, most) == ("0", "0")
+    assert planning.line(of, of_size(80), Memory.offload, free(8))[1].endswith("GiB, too much")
+
+
 # The table ---------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +193,20 @@ def test_where_nothing_fits_the_next_setting_is_named_and_fits(in_tmp, capsys) -
             _, plan = runs.prepared([*QWEN, *LONG, "host_memory=64", "output_dir=nowhere", *said_but_memory(words)])
             again, memory = replace(found, plan=plan), Memory(dict(word.split("=") for word in words)["memory"])
             assert planning.fits(again, memory, again.rows, again.length, int(part * fixed)), answer
+
+
+def test_long_completions_are_what_is_to_be_shorter() -> None:
+    """A prompt and a completion are a row, so that `trainer.max_length` alone changes nothing."""
+    words = ["+model=llama", "model.shape=llama3.2-1b", "model.dtype=bfloat16", "+trainer=grpo", "+reward=[length]"]
+    words += ["trainer.global_batch=4", "trainer.micro_batch=1", "trainer.max_length=512"]
+    found, room = forecast(*words, "trainer.max_completion_length=130000"), free(5)
+    assert not any(planning.fits(found, memory, 1, found.length, room) for memory in planning.ORDER)
+    said = planning.next_setting(found, room).removeprefix("set ").split()
+    assert [word.partition("=")[0] for word in said][-1] == "trainer.max_completion_length"
+    _, plan = runs.prepared([*words, "host_memory=64", "output_dir=nowhere", *said_but_memory(said)])
+    again = replace(found, plan=plan, passes=plan.trainer.passes)
+    assert 256 < again.length < found.length
+    assert planning.fits(again, Memory.offload, 1, again.length, room)
 
 
 def said_but_memory(words: list[str]) -> list[str]:
