@@ -4,13 +4,15 @@ many there may be at once, and how long a step takes; and what would fit where n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from ftcore.cards import Card, called, of_size, present
 from ftcore.catalog import installed
 from ftcore.config import Memory, Optimizer, QuantizerConfig
+from ftcore.errors import Problem
 from ftcore.forecast import PROMPT, STEP, Forecast, Layout, allowed, free
 from ftcore.held import BITS
 from ftcore.hooks import PROJECT
@@ -24,8 +26,20 @@ WRITTEN = "max_completion_length"
 HEADER = ("", "", "longest row", "rows", "host", "~ step", "~ tokens/s")
 
 
-def show(plan: Plan, model: Any) -> None:
-    """Print the table for the GPU that was asked for, or this machine's; nothing where there is neither."""
+Problems = Callable[[Plan], Sequence[Problem]]
+"""What is said against a plan."""
+
+
+def no_problems(plan: Plan) -> Sequence[Problem]:
+    """Nothing."""
+    return ()
+
+
+def show(plan: Plan, model: Any, problems: Problems = no_problems) -> None:
+    """Print the table for the GPU that was asked for, or this machine's; nothing where there is neither.
+
+    :param problems: Asked of settings that would fit, so that none is named that is refused.
+    """
     size = gibibytes(plan)
     if size is None or plan.run.trainer is None:
         return
@@ -42,7 +56,7 @@ def show(plan: Plan, model: Any) -> None:
     table(lines, header)
     note(f"  auto: {means(forecast, rows, length, rooms[Memory.auto])}; times as on a {card.name}")
     if not any(fits(forecast, memory, rows, length, rooms[memory]) for memory in ORDER):
-        note(f"  none of these fits: {next_setting(forecast, room)}")
+        note(f"  none of these fits: {next_setting(forecast, room, problems)}")
 
 
 def gibibytes(plan: Plan) -> float | None:
@@ -124,20 +138,27 @@ class _Other:
     forecast: Forecast
 
 
-def next_setting(forecast: Forecast, room: int) -> str:
-    """The first setting that would fit, or that none is known."""
+def next_setting(forecast: Forecast, room: int, problems: Problems = no_problems) -> str:
+    """The first setting that would fit and that the run can have, or that none is known."""
     trainer = forecast.plan.run.trainer
     assert trainer is not None
     rows, length = forecast.rows, forecast.length
     fewer = [n for n in range(rows, 0, -1) if trainer.global_batch % n == 0 and n >= forecast.passes.least_rows]
     others = list(_others(forecast))
+
+    @cache
+    def runs(other: int) -> bool:
+        """Whether nothing is said against it that is not said of the run as it is: asked where it fits, for it reads
+        rows."""
+        return other == 0 or set(problems(others[other].forecast.plan)) <= set(problems(forecast.plan))
+
     for number in fewer:
-        for other in others:
+        for index, other in enumerate(others):
             for memory in (Memory.least, Memory.offload):
-                if fits(other.forecast, memory, number, length, room):
+                if fits(other.forecast, memory, number, length, room) and runs(index):
                     words = (*other.words, f"memory={memory.value}")
                     return "set " + " ".join((*words, *([f"trainer.micro_batch={number}"] if number != rows else [])))
-    last = others[-1]
+    last = next(others[index] for index in reversed(range(len(others))) if runs(index))
     number = fewer[-1]
     least = PROMPT + STEP if forecast.passes.written else STEP
     shorter = (_of_rows(last.forecast, n) for n in range(length // STEP * STEP, least - 1, -STEP))

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     model, patches = on_meta(hooks, plan)
     heading("Run")
     table(_settings(plan, model))
-    planning.show(plan, model)
+    planning.show(plan, model, lambda other: hooks.collect(h.ftcore_check_plan, plan=other))
     heading("Kernels")
     _show_patches(patches)
     heading("Stages: who answers (first asked first, ~ wraps)")

@@ -195,6 +195,15 @@ def test_where_nothing_fits_the_next_setting_is_named_and_fits(in_tmp, capsys) -
             assert planning.fits(again, memory, again.rows, again.length, int(part * fixed)), answer
 
 
+def test_what_the_run_refuses_is_not_named(in_tmp, capsys) -> None:
+    """PiSSA starts from weights that a quantizer has rounded away."""
+    words = ["gpu_memory=1.5", "host_memory=64", "trainer.global_batch=1", "trainer.max_length=256"]
+    for init in ("default", "pissa"):
+        _, out = said(capsys, *words, f"adapter.init={init}")
+        assert "none of these fits" in out
+        assert ("+quantizer=" in out) == (init == "default")
+
+
 def test_long_completions_are_what_is_to_be_shorter() -> None:
     """A prompt and a completion are a row, so that `trainer.max_length` alone changes nothing."""
     words = ["+model=llama", "model.shape=llama3.2-1b", "model.dtype=bfloat16", "+trainer=grpo", "+reward=[length]"]
