@@ -47,9 +47,7 @@ def best_rows(pace: Pace, memory: Memory, room: int) -> tuple[int, str]:
     whole, length = forecast.plan.run.trainer.global_batch, forecast.length
     divisors = [rows for rows in range(1, whole + 1) if whole % rows == 0 and rows >= forecast.passes.least_rows]
     rates = {
-        rows: pace.rate(memory, rows, length, room)
-        for rows in divisors
-        if forecast.peak(memory, rows, length, room) <= room
+        rows: pace.rate(memory, rows, length, room) for rows in divisors if forecast.fits(memory, rows, length, room)
     }
     if not rates:
         return divisors[0], f"no number of rows of {length:,} tokens fits by the forecast"

@@ -15,8 +15,8 @@ from typing import Any
 
 from ftcore.config import Graphs, Memory
 from ftcore.held import Held
-from ftcore.memory import HOST_PART, OFFLOADED, head_bytes, host_room, layers_that_choose, micro_batch
-from ftcore.planner import GIVEN_AWAY, Planner
+from ftcore.memory import HOST_PART, OFFLOADED, head_bytes, host_room, layers_that_choose, micro_batch, width_of
+from ftcore.planner import GIVEN_AWAY, POOL, Planner, for_recorded
 from ftcore.specs import Passes, Plan, Recomputing
 from ftcore.store import Store, sizes, stored
 
@@ -24,8 +24,6 @@ CONTEXT = 2**29
 """Bytes left for what CUDA and the libraries take for themselves: an allowance, not a measurement."""
 WORKSPACES = 2**26
 """Bytes of cuBLAS's workspaces: 32 MiB for each of two streams."""
-POOL = 0.05
-"""Part of what recorded layers keep that their memory takes besides, because its blocks are not all of one size."""
 STEP = 256
 """Tokens that a row's length is found to."""
 PROMPT = 256
@@ -73,6 +71,7 @@ class Forecast(Held):
     @classmethod
     def of(cls, plan: Plan, model: Any) -> Forecast | str:
         """Or why there is none: what is not counted."""
+        assert plan.run.model is not None
         trainer, layers = plan.trainer, layers_that_choose(model)
         passes = None if trainer is None else trainer.passes or (Passes() if trainer.tokenized else None)
         if trainer is None or passes is None:
@@ -85,6 +84,8 @@ class Forecast(Held):
             return "what images take is not counted"
         if len(layers) != model.config.get_text_config().num_hidden_layers:
             return "layers of this run are transformers' own, and nobody has counted what those keep"
+        for layer in layers:
+            layer.width = width_of(plan.run.model.dtype)
         if plan.run.graphs is Graphs.auto:
             for before, layer in zip([None, *layers], layers, strict=False):
                 layer.follow(before)
@@ -115,7 +116,8 @@ class Forecast(Held):
         auto = Memory.auto
 
         def budget(rows: int, length: int, made: int, recorded: bool, tiled: bool) -> int:
-            return limit - self._beside(auto, rows, length, tiled, recorded)
+            left = limit - self._beside(auto, rows, length, tiled, recorded)
+            return for_recorded(left, self.layers, rows, length) if recorded else left
 
         with _as_they_were(self.layers):
             planner = Planner(self.layers, budget, lambda: host_free(self.plan, auto))
@@ -136,10 +138,10 @@ class Forecast(Held):
     def _for_a_while(self, memory: Memory, rows: int, length: int, tiled: bool) -> tuple[int, int]:
         """Bytes that a layer's backward takes, and those that the head does, for so many sequences."""
         work = max(layer.workspace(rows, length, tiled) for layer in self.layers) + self.dequantized
-        head = head_bytes(self.model, rows, length)
+        head = head_bytes(self.model, rows, length, self.width)
         if self.passes.logprobs:
             # The final norm's output is kept for the logits that the backward computes again.
-            head += 2 * rows * length * int(self.text.hidden_size)
+            head += self.width * rows * length * int(self.text.hidden_size)
         if memory is Memory.offload:
             head += self.leaving[1]
         return work, head
@@ -219,13 +221,19 @@ class Forecast(Held):
 
     # -------------------------------------------------------------------------------------------------------- answers
 
+    def fits(self, memory: Memory, rows: int, length: int, limit: int) -> bool:
+        """Whether a micro-batch fits so many bytes of the GPU, and what waits in host memory what the host has."""
+        if self.peak(memory, rows, length, limit) > limit:
+            return False
+        return self.host(memory, rows, length, limit) <= host_free(self.plan, memory)
+
     def longest(self, memory: Memory, limit: int) -> int:
         """Tokens of the longest single row that fits so many bytes, in steps of `STEP`; 0 if none does."""
-        return STEP * _largest(lambda count: self.peak(memory, 1, STEP * count, limit) <= limit, LONGEST // STEP)
+        return STEP * _largest(lambda count: self.fits(memory, 1, STEP * count, limit), LONGEST // STEP)
 
     def most_rows(self, memory: Memory, length: int, limit: int) -> int:
         """Rows of that length in a micro-batch that fits."""
-        return _largest(lambda count: self.peak(memory, count, length, limit) <= limit, LONGEST // STEP)
+        return _largest(lambda count: self.fits(memory, count, length, limit), LONGEST // STEP)
 
     @property
     def rows(self) -> int:

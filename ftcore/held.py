@@ -1,6 +1,6 @@
 """What a run holds on a GPU at all times: weights, and gradients and moments of those that are trained.
 
-From the model without weights, for 16-bit training.
+From the model without weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from ftcore.catalog import installed
-from ftcore.memory import host_weights_of, optimizer_bytes, writes
+from ftcore.memory import host_weights_of, optimizer_bytes, width_of, writes
 from ftcore.specs import Passes, Plan, Recomputing
 
 BITS = "bits_per_weight"
@@ -72,7 +72,7 @@ class Held:
     def width(self) -> int:
         """Of a weight as the model was loaded."""
         assert self.plan.run.model is not None
-        return 4 if self.plan.run.model.dtype == "float32" else 2
+        return width_of(self.plan.run.model.dtype)
 
     @property
     def trained_width(self) -> int:
@@ -107,7 +107,7 @@ class Held:
 
     @cached_property
     def dequantized(self) -> int:
-        """Of a layer's weights in 16 bits, where they are made of 4 bits for a while.
+        """Of a layer's weights as wide as what is computed, where they are made of 4 bits for a while.
 
         The layers do not know: without weights they are plain.
         """
@@ -117,7 +117,7 @@ class Held:
             sum(p.numel() for name, p in module.named_parameters() if p.ndim == 2 and "lora_" not in name)
             for module in self._whole_layers
         )
-        return 2 * int(max(of_layers))
+        return self.width * int(max(of_layers))
 
     @property
     def head_weights(self) -> int:

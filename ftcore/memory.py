@@ -11,7 +11,7 @@ from typing import Any
 
 from ftcore.config import Graphs, Memory, Optimizer
 from ftcore.host_memory import available
-from ftcore.planner import GIVEN_AWAY, Lean, Planner
+from ftcore.planner import GIVEN_AWAY, Lean, Planner, for_recorded
 from ftcore.report import note
 from ftcore.specs import Leaving, Plan, Recomputing
 from ftcore.store import Store
@@ -22,8 +22,8 @@ RESERVE = 0.8
 ROUNDED_UP = 2**25
 """Bytes under a limit that are left alone: what the allocator rounds up, and tensors that nobody counted."""
 
-HEAD = 3 * 2**28
-"""Bytes of the logits that the fused head has alive at a time, in fp32, and of their gradient in 16 bits."""
+HEAD = 2**27
+"""Logits that the fused head has alive at a time, in fp32, and their gradient."""
 
 
 STATE_READ = "ftcore_optimizer_state_read"
@@ -42,6 +42,8 @@ class Applied:
     """Bytes of optimizer state for each trained parameter."""
     there: Callable[[], int] = available
     """Bytes of host memory that were there when it was first asked for: before any input was."""
+    sequences: int = 1
+    """Of a row of the data set: both answers of a pair are read at once."""
 
 
 def apply(plan: Plan, model: Any) -> bool:
@@ -51,8 +53,12 @@ def apply(plan: Plan, model: Any) -> bool:
     """
     chosen = layers_that_choose(model)
     mode, there = plan.run.memory, functools.cache(available)
-    model.ftcore_memory = Applied(mode, optimizer_bytes(plan, trained_width(model)), there)
+    passes = plan.trainer.passes if plan.trainer else None
+    sequences = passes.sequences if passes else 1
+    model.ftcore_memory = Applied(mode, optimizer_bytes(plan, trained_width(model)), there, sequences)
     on_gpu = plan.device.kind == "cuda"
+    for layer in chosen:
+        layer.width = width_of(plan.dtype)
     if chosen and mode in LEAN:
         free = room(plan, model, chosen) if on_gpu else _all_there_is
         host = partial(host_room, OFFLOADED, there) if mode is Memory.offload else _none
@@ -131,22 +137,29 @@ def _least_of_last(model: Any, layer: Recomputing) -> Callable[[int, int], int]:
 
     def choose(rows: int, length: int) -> int:
         levels = layer.levels(rows, length)
-        spare = layer.workspace(rows, length, True) - head_bytes(model, rows, length)
+        spare = layer.workspace(rows, length, True) - head_bytes(model, rows, length, layer.width)
         return max(index for index, level in enumerate(levels) if level.kept - levels[0].kept <= max(spare, 0))
 
     return choose
 
 
-def head_bytes(model: Any, rows: int, length: int) -> int:
+def width_of(dtype: str) -> int:
+    """Bytes of an element of weights or activations that are loaded or computed in this dtype, by its name."""
+    return 4 if dtype == "float32" else 2
+
+
+def head_bytes(model: Any, rows: int, length: int, width: int = 2) -> int:
     """Bytes that the fused head needs for a while: a chunk of logits and its gradient, and the rows' gradients.
 
     And its weights, where they are on the GPU only then.
+
+    :param width: Bytes of an element of the activations.
     """
     text = model.config.get_text_config()
     return (
         getattr(model, "ftcore_fetched", 0)
-        + min(HEAD, 6 * rows * length * int(text.vocab_size))
-        + 6 * rows * length * int(text.hidden_size)
+        + (4 + width) * min(HEAD, rows * length * int(text.vocab_size))
+        + 3 * width * rows * length * int(text.hidden_size)
     )
 
 
@@ -197,12 +210,16 @@ def budget(
         free = min(free, int(torch.cuda.memory.get_per_process_memory_fraction() * total) - allocated)
     if limit is not None:
         free = min(free, int(limit * 2**30) - allocated)
-    needs = head_bytes(model, rows, length), max(layer.workspace(rows, length, tiled) for layer in layers)
+    needs = (
+        head_bytes(model, rows, length, layers[0].width),
+        max(layer.workspace(rows, length, tiled) for layer in layers),
+    )
     workspace = sum(needs) if recorded else max(needs)
     waiting = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None)
     waiting += state * sum(p.numel() for p in model.parameters() if p.requires_grad)
     spare = GIVEN_AWAY * free if limit is None else ROUNDED_UP
-    return int(free - spare) - workspace - int(waiting)
+    left = int(free - spare) - workspace - int(waiting)
+    return for_recorded(left, layers, rows, length) if recorded else left
 
 
 def of_graphs() -> int:
@@ -267,7 +284,7 @@ def activation_bytes(plan: Plan, config: Any) -> int:
     the hidden size and 5 of the intermediate size, and the logits with their float32 copy and gradient once.
     """
     text = config.get_text_config()
-    width = 4 if plan.dtype == "float32" else 2
+    width = width_of(plan.dtype)
     inner = getattr(text, "intermediate_size", 4 * text.hidden_size)
     inner = inner if isinstance(inner, int) else max(inner)  # Gemma 3n has one for each layer
     layer = width * (14 * text.hidden_size + 5 * inner)

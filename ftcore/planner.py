@@ -13,6 +13,13 @@ __all__ = ["GIVEN_AWAY", "STAY", "Lean", "Planner", "assign"]
 
 GIVEN_AWAY = 0.04
 """Part of the free memory that is left alone: the allocator's blocks are not all of one size."""
+POOL = 0.05
+"""Part of what recorded layers keep that their memory takes besides, because its blocks are not all of one size."""
+
+
+def for_recorded(left: int, layers: Sequence[Recomputing], rows: int, length: int) -> int:
+    """Bytes that may be kept of so many in the memory of recorded launches; all of them where no launch is recorded."""
+    return int(left / (1 + POOL)) if any(layer.recorded > rows * length for layer in layers) else left
 
 
 class _Plan(NamedTuple):

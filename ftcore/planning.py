@@ -4,14 +4,16 @@ many there may be at once, and how long a step takes; and what would fit where n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from ftcore.cards import Card, called, of_size, present
 from ftcore.catalog import installed
 from ftcore.config import Memory, Optimizer, QuantizerConfig
-from ftcore.forecast import STEP, Forecast, Layout, allowed, free, host_free
+from ftcore.errors import Problem
+from ftcore.forecast import PROMPT, STEP, Forecast, Layout, allowed, free
 from ftcore.held import BITS
 from ftcore.hooks import PROJECT
 from ftcore.report import heading, note, table
@@ -19,11 +21,25 @@ from ftcore.specs import Plan
 from ftcore.step_time import Pace
 
 ORDER = (Memory.off, Memory.least, Memory.offload, Memory.auto)
+WRITTEN = "max_completion_length"
+"""Setting of the trainers whose model writes what it learns from."""
 HEADER = ("", "", "longest row", "rows", "host", "~ step", "~ tokens/s")
 
 
-def show(plan: Plan, model: Any) -> None:
-    """Print the table for the GPU that was asked for, or this machine's; nothing where there is neither."""
+Problems = Callable[[Plan], Sequence[Problem]]
+"""What is said against a plan."""
+
+
+def no_problems(plan: Plan) -> Sequence[Problem]:
+    """Nothing."""
+    return ()
+
+
+def show(plan: Plan, model: Any, problems: Problems = no_problems) -> None:
+    """Print the table for the GPU that was asked for, or this machine's; nothing where there is neither.
+
+    :param problems: Asked of settings that would fit, so that none is named that is refused.
+    """
     size = gibibytes(plan)
     if size is None or plan.run.trainer is None:
         return
@@ -40,7 +56,7 @@ def show(plan: Plan, model: Any) -> None:
     table(lines, header)
     note(f"  auto: {means(forecast, rows, length, rooms[Memory.auto])}; times as on a {card.name}")
     if not any(fits(forecast, memory, rows, length, rooms[memory]) for memory in ORDER):
-        note(f"  none of these fits: {next_setting(forecast, room)}")
+        note(f"  none of these fits: {next_setting(forecast, room, problems)}")
 
 
 def gibibytes(plan: Plan) -> float | None:
@@ -66,16 +82,15 @@ def card_of(plan: Plan) -> Card:
 
 def fits(forecast: Forecast, memory: Memory, rows: int, length: int, room: int) -> bool:
     """Whether a micro-batch fits so many bytes of the GPU, and its inputs what the host has."""
-    if forecast.peak(memory, rows, length, room) > room:
-        return False
-    return forecast.host(memory, rows, length, room) <= host_free(forecast.plan, memory)
+    return forecast.fits(memory, rows, length, room)
 
 
 def line(forecast: Forecast, card: Card, memory: Memory, room: int) -> Sequence[str]:
     """A row of the table."""
     rows, length = forecast.rows, forecast.length
     peak, there = forecast.peak(memory, rows, length, room), fits(forecast, memory, rows, length, room)
-    said = f"{peak / 2**30:.1f} GiB" + ("" if there else ", too much")
+    too_much = ", too much" if peak > room else ", too much for the host"
+    said = f"{peak / 2**30:.1f} GiB" + ("" if there else too_much)
     longest, most = forecast.longest(memory, room), forecast.most_rows(memory, length, room)
     if not there:
         return f"memory={memory.value}", said, f"{longest:,}", f"{most:,}", "-", "-", "-"
@@ -123,27 +138,51 @@ class _Other:
     forecast: Forecast
 
 
-def next_setting(forecast: Forecast, room: int) -> str:
-    """The first setting that would fit, or that none is known."""
+def next_setting(forecast: Forecast, room: int, problems: Problems = no_problems) -> str:
+    """The first setting that would fit and that the run can have, or that none is known."""
     trainer = forecast.plan.run.trainer
     assert trainer is not None
     rows, length = forecast.rows, forecast.length
     fewer = [n for n in range(rows, 0, -1) if trainer.global_batch % n == 0 and n >= forecast.passes.least_rows]
     others = list(_others(forecast))
+
+    @cache
+    def runs(other: int) -> bool:
+        """Whether nothing is said against it that is not said of the run as it is: asked where it fits, for it reads
+        rows."""
+        return other == 0 or set(problems(others[other].forecast.plan)) <= set(problems(forecast.plan))
+
     for number in fewer:
-        for other in others:
+        for index, other in enumerate(others):
             for memory in (Memory.least, Memory.offload):
-                if fits(other.forecast, memory, number, length, room):
+                if fits(other.forecast, memory, number, length, room) and runs(index):
                     words = (*other.words, f"memory={memory.value}")
                     return "set " + " ".join((*words, *([f"trainer.micro_batch={number}"] if number != rows else [])))
-    last = others[-1]
+    last = next(others[index] for index in reversed(range(len(others))) if runs(index))
     number = fewer[-1]
-    lengths = range(length // STEP * STEP, 0, -STEP)
-    short = next((n for n in lengths if fits(last.forecast, Memory.offload, number, n, room)), None)
+    least = PROMPT + STEP if forecast.passes.written else STEP
+    shorter = (_of_rows(last.forecast, n) for n in range(length // STEP * STEP, least - 1, -STEP))
+    short = next(
+        (other for other in shorter if fits(other.forecast, Memory.offload, number, other.forecast.length, room)), None
+    )
     if short is None:
         return "no setting of this model does; take a smaller model"
-    words = (*last.words, "memory=offload", f"trainer.max_length={short}")
+    words = (*last.words, "memory=offload", *short.words)
     return "set " + " ".join((*words, *([f"trainer.micro_batch={number}"] if number != rows else [])))
+
+
+def _of_rows(forecast: Forecast, length: int) -> _Other:
+    """The run with rows of so many tokens at most: a completion has a prompt before it."""
+    trainer, passes = forecast.plan.run.trainer, forecast.passes
+    assert trainer is not None
+    settings: dict[str, int] = {}
+    if passes.written + PROMPT > length and hasattr(trainer, WRITTEN):
+        settings[WRITTEN] = length - PROMPT
+        passes = replace(passes, written=length - PROMPT)
+    if trainer.max_length > length:
+        settings["max_length"] = length
+    words = [f"trainer.{name}={value}" for name, value in settings.items()]
+    return _Other(tuple(words), replace(forecast.instead(**settings), passes=passes))
 
 
 def _others(forecast: Forecast) -> Iterator[_Other]:

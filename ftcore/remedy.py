@@ -30,7 +30,7 @@ def remedy(model: Any, stepped: bool = True, of_host: bool = False) -> str:
         return f"set memory=least, which leaves nothing in host memory, or {LOWER}"
     if not torch.cuda.is_available() or not layers:
         return LOWER if mode in (Memory.least, Memory.offload) else f"set memory=least, or {LOWER}"
-    longest = longest_row(model, layers, state, host_room(OFFLOADED, applied.there))
+    longest = longest_row(model, layers, state, host_room(OFFLOADED, applied.there), applied.sequences)
     if longest == 0:
         return f"free some of the GPU, or take a smaller model: with {size(_free(model, layers, state))} no row fits"
     fits = f"longest row that fits: {longest:,} tokens"
@@ -39,15 +39,16 @@ def remedy(model: Any, stepped: bool = True, of_host: bool = False) -> str:
     return f"set memory=offload ({fits}), or {LOWER}"
 
 
-def longest_row(model: Any, layers: list[Any], state: int, host: int) -> int:
+def longest_row(model: Any, layers: list[Any], state: int, host: int, sequences: int = 1) -> int:
     """Tokens of the longest single row that `memory=offload` has room for now; 0 if it has for none.
 
     :param host: Bytes of host memory for inputs.
+    :param sequences: Of a row, which are read at once.
     """
 
     def fits(length: int) -> bool:
-        free = budget(model, layers, 1, length, state, False, None, True)
-        return stored(layers, 1, length, free, host).gpu_bytes(sizes(layers, 1, length)) <= free
+        free = budget(model, layers, sequences, length, state, False, None, True)
+        return stored(layers, sequences, length, free, host).gpu_bytes(sizes(layers, sequences, length)) <= free
 
     low, high = 0, STEP
     while high <= LONGEST and fits(high):

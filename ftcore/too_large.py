@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 
+from ftcore import hooks as h
 from ftcore.config import Memory, Optimizer
 from ftcore.errors import Problem, Refused
 from ftcore.forecast import Forecast, free
 from ftcore.manager import Hooks
-from ftcore.planning import next_setting
+from ftcore.planning import Problems, next_setting, no_problems
 from ftcore.report import size
 from ftcore.specs import Plan
 
@@ -26,12 +27,18 @@ def refuse_too_large(hooks: Hooks, plan: Plan) -> None:
     from ftcore.meta_model import on_meta
 
     forecast = Forecast.of(plan, on_meta(hooks, plan)[0])
-    if not isinstance(forecast, str) and (problem := found(forecast, plan.device.memory)) is not None:
+    if isinstance(forecast, str):
+        return
+    problem = found(forecast, plan.device.memory, lambda other: hooks.collect(h.ftcore_check_plan, plan=other))
+    if problem is not None:
         raise Refused(problem)
 
 
-def found(forecast: Forecast, there: int) -> Problem | None:
-    """What is wrong with a run on a GPU that has so many bytes free, if the run cannot fit."""
+def found(forecast: Forecast, there: int, problems: Problems = no_problems) -> Problem | None:
+    """What is wrong with a run on a GPU that has so many bytes free, if the run cannot fit.
+
+    :param problems: What is said against a plan with other settings.
+    """
     plan = forecast.plan
     assert plan.run.trainer is not None
     leaves = sum(forecast.leaving) if plan.run.memory is Memory.offload else 0
@@ -44,5 +51,5 @@ def found(forecast: Forecast, there: int) -> Problem | None:
         "model",
         f"training takes {size(weights + gradients + moments)} of the GPU before any row is there ({parts}), and "
         f"{size(there)} are free",
-        next_setting(forecast, free(there / 2**30)),
+        next_setting(forecast, free(there / 2**30), problems),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -250,10 +249,11 @@ def _context(plan: Plan) -> Iterator[Problem]:
         return
     if own is None:
         return
-    if model.max_length and model.max_length > own and not rope.scaling(model, plan.family):
-        fix = f"add 'model.rope_scaling={{rope_type: yarn, factor: {math.ceil(model.max_length / own)}}}'"
-        message = f"is past the checkpoint's own context of {own} tokens, and its RoPE is no plain one to scale"
-        yield Problem("model.max_length", message, fix)
+    if model.rope_scaling or (model.max_length and model.max_length > own):
+        try:
+            rope.stretched(checkpoint.config_of(model, plan.family).get_text_config(), model)
+        except Refused as refused:
+            yield from refused.problems
     longest = model.max_length or own
     if trainer is not None and trainer.max_length > longest:
         fix = f"use trainer.max_length={longest}, or model.max_length={trainer.max_length}, which scales RoPE"

@@ -146,21 +146,11 @@ def _stretched(plan: Plan) -> Any:
     place = checkpoint.locate(model, plan.family)
     config = AutoConfig.from_pretrained(place, revision=model.revision, trust_remote_code=False, **plan.family.settings)
     text = config.get_text_config()
-    if scaled := rope.scaling(model, plan.family):
-        if not model.rope_scaling and not rope.plain({"rope_parameters": text.rope_parameters}):
-            message = "is past the checkpoint's own context, and its RoPE is no plain one to scale"
-            raise Refused(Problem("model.max_length", message, "set model.rope_scaling for this model"))
-        # What the scaling stretches is the checkpoint's own context, not the longer one that is set below.
-        own = {"original_max_position_embeddings": text.max_position_embeddings}
-        known = own if scaled.get("rope_type") in ORIGINAL_CONTEXT else {}
-        text.rope_parameters = {**(text.rope_parameters or {}), **known, **scaled}
+    if (scaled := rope.stretched(text, model)) is not None:
+        text.rope_parameters = scaled
     if model.max_length:
         text.max_position_embeddings = model.max_length
     return config
-
-
-ORIGINAL_CONTEXT = frozenset({"yarn", "longrope", "llama3"})
-"""RoPE scalings that are told how long the context was."""
 
 
 def _stay_differentiable(model: PreTrainedModel) -> None:

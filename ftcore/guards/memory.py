@@ -143,8 +143,14 @@ class FitsMemory(SkipsNonFinite):
         record(run_folder(self.args), EVENT, step=step, rows=rows, rows_at_once=self._rows_at_once, error=error)
         note(
             f"step {step}: out of memory with {rows} rows at a time; going on with {self._rows_at_once}: the same "
-            f"batch and loss, computed in more parts (trainer.micro_batch={self._rows_at_once} spares the attempt)"
+            f"batch and loss, computed in more parts (trainer.micro_batch={self._spares()} spares the attempt)"
         )
+
+    def _spares(self) -> int:
+        """The largest micro-batch of rows that fit which cuts a step into whole ones."""
+        assert self._rows_at_once is not None
+        whole = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return next(rows for rows in range(self._rows_at_once, 0, -1) if whole % rows == 0)
 
     def _none(self, said: str, of_host: bool) -> NoMemory:
         """The error, with what to set instead."""

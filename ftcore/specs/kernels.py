@@ -95,6 +95,8 @@ class Recomputing(Protocol):
     """Whether not even the input is kept, where it is the output of a module like this: that makes it again."""
     tiled: bool
     """Whether it works in tiles of rows where there are many, which takes less memory for a while."""
+    width: int
+    """Bytes of an element of the activations: 4 where the run computes in float32, else 2."""
 
     @property
     def recorded(self) -> float:

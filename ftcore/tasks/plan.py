@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     model, patches = on_meta(hooks, plan)
     heading("Run")
     table(_settings(plan, model))
-    planning.show(plan, model)
+    planning.show(plan, model, lambda other: hooks.collect(h.ftcore_check_plan, plan=other))
     heading("Kernels")
     _show_patches(patches)
     heading("Stages: who answers (first asked first, ~ wraps)")
@@ -43,7 +43,7 @@ def _settings(plan: Plan, model: Any) -> Iterable[tuple[str, str]]:
     yield "device", f"{plan.device.name}, computing in {plan.dtype}"
     if scaled := rope.scaling(run.model, plan.family):
         length = run.model.max_length or checkpoint.context_length(run.model, plan.family)
-        how = f"{scaled.get('rope_type')} x{scaled.get('factor', 1):g}"
+        how = f"{scaled.get('rope_type', 'its own kind')} x{scaled.get('factor', 1):g}"
         yield "context", f"{length or 0:,} tokens, RoPE scaled by {how}"
     yield "weights", f"{run.quantizer.name} (frozen layers)" if run.quantizer else plan.dtype
     yield "adapter", run.adapter.name if run.adapter else "none"

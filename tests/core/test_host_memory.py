@@ -98,6 +98,9 @@ def test_what_is_not_there_is_not_taken(monkeypatch) -> None:
 class Layer:
     """Inputs of 2 bytes a token, 1 beside them, and 10 of work."""
 
+    recorded = 0
+    width = 2
+
     def input_bytes(self, rows: int, length: int) -> int:
         return 2 * rows * length
 
@@ -142,6 +145,12 @@ def model_with(mode: Memory, monkeypatch: pytest.MonkeyPatch, gpu: int, host: in
 )
 def test_the_next_setting_and_the_longest_row(monkeypatch, mode, gpu, host, said) -> None:
     assert remedy.remedy(model_with(mode, monkeypatch, gpu, host)).startswith(said)
+
+
+def test_a_row_that_is_a_pair_is_half_as_long(monkeypatch) -> None:
+    model = model_with(Memory.auto, monkeypatch, 22 * 5120, 12 * 5120)
+    model.ftcore_memory = Applied(Memory.auto, sequences=2)
+    assert "longest row that fits: 2,560 tokens" in remedy.remedy(model)
 
 
 def test_a_host_without_memory_is_left_alone(monkeypatch) -> None:

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import ftcore
 from ftcore import Role, memory
 from ftcore.config import Graphs, Memory, Optimizer
-from ftcore.planner import Lean, Planner, assign
-from ftcore.specs import Level, Plan
+from ftcore.planner import POOL, Lean, Planner, assign
+from ftcore.specs import Level, Passes, Plan, TrainerSpec
 from ftcore.store import Sizes, Store, stored
 from ftcore.testing import maths, runs
 
@@ -166,6 +166,8 @@ class Fake:
     attended_size: int = 0
     """Bytes a token of attention's output, and one of what stays beside it."""
     followed: Any = "nobody"
+    recorded: float = 0
+    width: int = 2
 
     def levels(self, rows: int, length: int) -> list[Level]:
         tokens = rows * length
@@ -546,6 +548,42 @@ def test_auto_keeps_what_fits_on_a_gpu(monkeypatch, limited) -> None:
     assert seen[0] < seen[1] < seen[2]
     assert seen[1] == sorted(seen[1]), "the last layer keeps most"
     assert seen[2] == [4, 4]
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("auto", 4), ("float32", 4), ("bfloat16", 2)])
+def test_layers_know_how_wide_activations_are(dtype, width) -> None:
+    """A CPU computes in 32 bits unless it is told otherwise."""
+    plan, model = fresh()
+    assert plan.run.model is not None
+    plan = replace(plan, run=replace(plan.run, model=replace(plan.run.model, dtype=dtype)))
+    memory.apply(plan, model)
+    counted = [layer.ftcore_recompute for layer in layers_of(model)]
+    assert [layer.width for layer in counted] == [width, width]
+    assert counted[0].input_bytes(2, 3) == width * 6 * model.config.hidden_size
+    wide, narrow = (memory.head_bytes(model, 2, 3, bytes_) for bytes_ in (4, 2))
+    assert wide - narrow == 2 * 6 * model.config.vocab_size + 6 * 6 * model.config.hidden_size
+
+
+def test_a_model_knows_how_many_sequences_a_row_is() -> None:
+    plan, model = fresh()
+    memory.apply(plan, model)
+    assert model.ftcore_memory.sequences == 1
+    pairs = TrainerSpec(accepts=frozenset({"pair"}), passes=Passes(sequences=2))
+    memory.apply(replace(plan, trainer=pairs), model)
+    assert model.ftcore_memory.sequences == 2
+
+
+def test_recorded_launches_take_memory_of_their_own(monkeypatch) -> None:
+    """Of what their memory has room for, a part is lost to blocks of other sizes."""
+    Gpu(monkeypatch, free=2**30)
+    _, model = fresh()
+    fakes = [Fake(), Fake()]
+    without = memory.budget(model, fakes, 100, 100, 0, True)
+    fakes[1].recorded = 100 * 100
+    assert memory.budget(model, fakes, 100, 100, 0, True) == without, "rows are too many"
+    fakes[1].recorded = 100 * 100 + 1
+    assert memory.budget(model, fakes, 100, 100, 0, True) == int(without / (1 + POOL))
+    assert memory.budget(model, fakes, 100, 100, 0, False) >= without
 
 
 def test_auto_changes_no_number(monkeypatch) -> None:

@@ -98,6 +98,16 @@ def test_weights_in_host_memory_have_to_fit_there() -> None:
         assert planning.fits(of, Memory.offload, 1, 1024, free(80)) is there
 
 
+def test_the_host_s_memory_is_named_where_it_is_what_is_short() -> None:
+    """And no row is said to fit that the host has no room for."""
+    found = forecast("+model=llama", "model.shape=llama3.1-8b", "model.dtype=bfloat16", "+trainer=sft")
+    of = replace(found, plan=replace(found.plan, run=replace(found.plan.run, host_memory=1.0)))
+    _, said, longest, most, *_ = planning.line(of, of_size(80), Memory.offload, free(80))
+    assert said.endswith("too much for the host")
+    assert (longest, most) == ("0", "0")
+    assert planning.line(of, of_size(80), Memory.offload, free(8))[1].endswith("GiB, too much")
+
+
 # The table ---------------------------------------------------------------------------------------------------------
 
 
@@ -123,10 +133,30 @@ def test_the_plan_shows_every_setting(in_tmp, capsys) -> None:
     assert "none of these fits" not in out
 
 
+@pytest.mark.parametrize("gibibytes", [4, 5.5, 6.5])
+def test_what_auto_has_room_for_has_no_gaps(gibibytes) -> None:
+    """Recorded launches take more memory, which may be short for a row although longer ones fit without them."""
+    found, room = forecast(*QWEN), free(gibibytes)
+    assert all(found.peak(Memory.auto, 1, 256 * number, room) <= room for number in range(1, 24))
+    assert found.longest(Memory.auto, room) > 24 * 256
+
+
+def test_activations_in_32_bits_are_counted_so() -> None:
+    rows, length = 4, 1024
+    found = {}
+    for dtype in ("bfloat16", "float32"):
+        of = forecast("+model=qwen3", "model.shape=qwen3-0.6b", f"model.dtype={dtype}", "+trainer=sft")
+        work, head = of._for_a_while(Memory.off, rows, length, tiled=False)
+        found[dtype] = of.kept(of.layout(Memory.off, rows, length), rows, length), work, head
+    for half, whole in zip(found["bfloat16"], found["float32"], strict=True):
+        assert 1.3 * half < whole <= 2 * half
+    assert found["float32"][0] == pytest.approx(2 * found["bfloat16"][0], rel=0.01)
+
+
 def test_a_named_card_brings_its_memory_and_its_pace(in_tmp, capsys) -> None:
-    slow, out = said(capsys, "gpu=T4")
+    slow, out = said(capsys, "gpu=T4", "host_memory=64")
     assert "Memory of a GPU of 14.5 GiB" in out
-    fast, out = said(capsys, "gpu=H100", "gpu_memory=14.5")
+    fast, out = said(capsys, "gpu=H100", "gpu_memory=14.5", "host_memory=64")
     assert "Memory of a GPU of 14.5 GiB" in out
     assert "times as on a H100 SXM" in out
     assert [line[:3] for line in slow] == [line[:3] for line in fast]
@@ -163,6 +193,29 @@ def test_where_nothing_fits_the_next_setting_is_named_and_fits(in_tmp, capsys) -
             _, plan = runs.prepared([*QWEN, *LONG, "host_memory=64", "output_dir=nowhere", *said_but_memory(words)])
             again, memory = replace(found, plan=plan), Memory(dict(word.split("=") for word in words)["memory"])
             assert planning.fits(again, memory, again.rows, again.length, int(part * fixed)), answer
+
+
+def test_what_the_run_refuses_is_not_named(in_tmp, capsys) -> None:
+    """PiSSA starts from weights that a quantizer has rounded away."""
+    words = ["gpu_memory=1.5", "host_memory=64", "trainer.global_batch=1", "trainer.max_length=256"]
+    for init in ("default", "pissa"):
+        _, out = said(capsys, *words, f"adapter.init={init}")
+        assert "none of these fits" in out
+        assert ("+quantizer=" in out) == (init == "default")
+
+
+def test_long_completions_are_what_is_to_be_shorter() -> None:
+    """A prompt and a completion are a row, so that `trainer.max_length` alone changes nothing."""
+    words = ["+model=llama", "model.shape=llama3.2-1b", "model.dtype=bfloat16", "+trainer=grpo", "+reward=[length]"]
+    words += ["trainer.global_batch=4", "trainer.micro_batch=1", "trainer.max_length=512"]
+    found, room = forecast(*words, "trainer.max_completion_length=130000"), free(5)
+    assert not any(planning.fits(found, memory, 1, found.length, room) for memory in planning.ORDER)
+    said = planning.next_setting(found, room).removeprefix("set ").split()
+    assert [word.partition("=")[0] for word in said][-1] == "trainer.max_completion_length"
+    _, plan = runs.prepared([*words, "host_memory=64", "output_dir=nowhere", *said_but_memory(said)])
+    again = replace(found, plan=plan, passes=plan.trainer.passes)
+    assert 256 < again.length < found.length
+    assert planning.fits(again, Memory.offload, 1, again.length, room)
 
 
 def said_but_memory(words: list[str]) -> list[str]:

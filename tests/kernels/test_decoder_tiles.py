@@ -211,18 +211,18 @@ def test_nothing_as_wide_as_the_mlp_is_there_for_all_tokens(family, lora, tiled)
 
 
 def test_tiles_save_what_they_are_said_to(tiled, monkeypatch) -> None:
-    """Said for 16-bit activations, and these have 32 bits."""
     maths.needs_triton("triton")  # plain PyTorch has temporaries of its own
     for name, value in (("BYTES", 2 * 1200 * 16), ("FEWEST", 16), ("MULTIPLE", 16)):
         monkeypatch.setattr(tiles, name, value)
     _, ours = pair("llama", "triton", {"r": 4, "target_modules": ["q_proj"]}, num_hidden_layers=1, **WIDE)
     keep(ours, 0)
     recompute = layers(ours)[0].ftcore_recompute
+    recompute.width = 4
     assert recompute._tile(2 * 32) == 16
     whole, in_tiles = (measured(ours, rows, tiled, shape=(2, 32))[1].peak for rows in (0, 16))
     said = recompute.workspace(2, 32) - recompute.workspace(2, 32, True)
     # On an H200 it was 17 % less than said; why is not known.
-    assert whole - in_tiles == pytest.approx(2 * said, rel=0.2 if torch.cuda.is_available() else 0.1)
+    assert whole - in_tiles == pytest.approx(said, rel=0.2 if torch.cuda.is_available() else 0.1)
     assert in_tiles < 0.5 * whole
 
 

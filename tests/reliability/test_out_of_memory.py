@@ -83,6 +83,16 @@ def test_sft(in_tmp: Path, capsys, within_backward: bool) -> None:
     assert said in capsys.readouterr().out
 
 
+def test_the_setting_that_is_named_divides_a_step(in_tmp: Path, capsys) -> None:
+    """Three rows fit of ten: a micro-batch of three would be refused."""
+    words = ["+trainer=sft", *SHORT, "trainer.global_batch=10", "trainer.micro_batch=5", "trainer.max_steps=1"]
+    trained(words, "parts", passes={1})
+    assert events() == [(5, 3)]
+    assert "going on with 3: the same batch and loss, computed in more parts (trainer.micro_batch=2 spares" in (
+        capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 def test_at_random_passes(in_tmp: Path, seed: int) -> None:
     """Two passes anywhere in the run fail, forward or within the backward, also those that make up for the first."""

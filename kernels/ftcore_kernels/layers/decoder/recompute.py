@@ -41,6 +41,7 @@ class Recompute:
         self.away = self.attended = False
         self.inside = False
         self.tiled = False
+        self.width = 2
         self.graphs: Graphs | None = None
         bases = [[getattr(linear, "base_layer", linear) for linear in group] for group in groups]
         self._hidden, self._attended = int(bases[0][0].in_features), int(bases[1][0].in_features)
@@ -52,8 +53,9 @@ class Recompute:
         # With a border, the `x A^T` of the two wide products are columns of what is counted elsewhere.
         shrunk = [groups[1], groups[3]]
         shrunk += [group for group, border in zip((groups[0], groups[2]), self._borders, strict=True) if not border]
-        self._beside = 4 * (4 if sandwich else 2) + 2 * sum(len(group) * _rank(group) for group in shrunk)
-        """Bytes a token that every level keeps besides the input: of each norm a number, and rows of `x A^T`."""
+        self._numbers = 4 if sandwich else 2
+        """Of each norm one in 32 bits: what every level keeps of a token besides the input and rows of `x A^T`."""
+        self._shrunk = sum(len(group) * _rank(group) for group in shrunk)
         self._mlp = [*bases[2], *bases[3]]
         self._quantized = is_nf4(bases[0][0])
         """Whether the products' weights are dequantized for a while."""
@@ -90,8 +92,8 @@ class Recompute:
         return host_of(hidden.device) if self.away or self.attended else busy_host(hidden.device)
 
     def input_bytes(self, rows: int, length: int) -> int:
-        """Bytes of the input, in 16 bits."""
-        return 2 * rows * length * self._hidden
+        """Bytes of the input."""
+        return self.width * rows * length * self._hidden
 
     def moved(self, rows: int, length: int) -> int:
         """Bytes of the input, where a copy is over before the layer is; 0 where it is not."""
@@ -101,7 +103,7 @@ class Recompute:
     def attended_bytes(self, rows: int, length: int) -> tuple[int, int]:
         """Of attention's output and of what stays on the GPU beside it; zeros where copies take longer than a layer."""
         tokens = rows * length
-        size = 2 * tokens * self._attended
+        size = self.width * tokens * self._attended
         work = tokens * (self._products + 2 * length * self._attended)
         in_time = work >= WORK_OF_A_BYTE * (size + self.input_bytes(rows, length))
         return (size, 4 * tokens * self._heads) if in_time else (0, 0)
@@ -112,13 +114,14 @@ class Recompute:
         return 2 * self._hidden * (self._qkv + self._attended + 1.5 * self._gate_up)
 
     def levels(self, rows: int, length: int) -> Sequence[Level]:
-        """One for each member of :class:`Keep`, in its order, for 16-bit activations."""
-        tokens = rows * length
-        attended = 2 * self._attended + 4 * self._heads
+        """One for each member of :class:`Keep`, in its order."""
+        tokens, width = rows * length, self.width
+        attended = width * self._attended + 4 * self._heads
         qkv, gate_up = self._qkv + self._borders[0], self._gate_up + self._borders[1]
-        widths = [2 * self._hidden + self._beside, attended, 2 * self._hidden, 2 * qkv, 2 * gate_up]
+        least = width * (self._hidden + self._shrunk) + 4 * self._numbers
+        widths = [least, attended, width * self._hidden, width * qkv, width * gate_up]
         if self._sandwich:
-            widths[4] += 4 * self._hidden  # the inputs of the two norms after attention and MLP
+            widths[4] += 2 * width * self._hidden  # the inputs of the two norms after attention and MLP
         products = [
             2 * self._hidden * self._qkv,
             2 * self._attended * self._hidden,
@@ -154,7 +157,7 @@ class Recompute:
 
     def _group(self, tokens: int, tile: int) -> int:
         """Where attention is long enough to hide the work that is done again, and it saves much memory."""
-        group = max(IN_A_GROUP // (2 * tokens * self._of_a_head), 1) if tile else self._kv_heads
+        group = max(IN_A_GROUP // (self.width * tokens * self._of_a_head), 1) if tile else self._kv_heads
         if group >= self._kv_heads:
             return 0
         return group if self._in_tiles(tokens, tile) - self._in_groups(tokens, tile, group) >= SAVED else 0
@@ -188,20 +191,20 @@ class Recompute:
     def _whole(self, tokens: int) -> int:
         mlp = self._gate_up + self._gate_up // 2 + self._turned + self._attended + 3 * self._hidden
         weights = (self._gate_up + self._qkv) * self._hidden if self._quantized else 0
-        return 2 * (tokens * max(mlp, self._attention) + weights)
+        return self.width * (tokens * max(mlp, self._attention) + weights)
 
     def _in_tiles(self, tokens: int, tile: int) -> int:
         """The same with the MLP in tiles, whose weights are dequantized for all of them at once."""
         of_a_tile = self._gate_up + self._gate_up // 2 + 3 * self._hidden
         beside = self._turned + self._attended + (4 if self._sandwich else 3) * self._hidden
         weights = 3 * self._gate_up // 2 * self._hidden
-        mlp = 2 * (tile * of_a_tile + tokens * beside)
+        mlp = self.width * (tile * of_a_tile + tokens * beside)
         if any(base.weight.requires_grad for base in self._mlp):
-            mlp += 6 * weights  # their gradients: sums in 32 bits, and a tile's part in 16
+            mlp += (4 + self.width) * weights  # their gradients: sums in 32 bits, and a tile's part
         if self._quantized:
-            mlp += 2 * weights
+            mlp += self.width * weights
         held = (self._qkv + self._attended) * self._hidden if self._quantized else 0
-        return max(mlp, 2 * tokens * self._attention) + 2 * held
+        return max(mlp, self.width * tokens * self._attention) + self.width * held
 
     def _in_groups(self, tokens: int, tile: int, group: int) -> int:
         """The same with attention in groups of heads: see `heads.backward`. The incoming gradient is written over."""
@@ -209,12 +212,12 @@ class Recompute:
         of_a_tile = self._gate_up + self._gate_up // 2 + 6 * self._hidden + self._attended
         gradients = self._attended + self._hidden + sandwich
         mlp = (3 * self._gate_up // 2 + self._attended) * self._hidden
-        behind = 2 * (tile * of_a_tile + tokens * gradients + (mlp if self._quantized else 0))
+        behind = self.width * (tile * of_a_tile + tokens * gradients + (mlp if self._quantized else 0))
         if any(base.weight.requires_grad for base in self._mlp):
-            behind += 6 * mlp
+            behind += (4 + self.width) * mlp
         held = (self._qkv + self._attended) * self._hidden if self._quantized else 0
         columns = gradients + self._hidden + group * self._of_a_head + 3 * self._borders[0]
-        return max(behind, 2 * (tokens * columns + held))
+        return max(behind, self.width * (tokens * columns + held))
 
     @property
     def _turned(self) -> int:
