@@ -18,6 +18,7 @@ from ftcore import hooks as specs
 from ftcore.catalog import Catalog, Option, nearest
 from ftcore.config import KINDS, MANY, RunConfig
 from ftcore.errors import Exit, FtcoreError, NoAnswer, PluginConflict, PluginError, Problem, Refused
+from ftcore.hook_calls import Manager, is_wrapper, refuse_unmarked
 from ftcore.specs import PluginInfo
 
 P = ParamSpec("P")
@@ -33,25 +34,11 @@ WHO_ANSWERS = {
 }
 
 
-class _Manager(pluggy.PluginManager):
-    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
-        # Touch hook names only: a plugin may have attributes that are costly or unsafe to read (pytest #1073).
-        if not name.startswith(specs.PREFIX):
-            return None
-        opts = super().parse_hookimpl_opts(plugin, name)
-        if opts is None and inspect.isfunction(function := getattr(plugin, name)):
-            raise PluginError(
-                f"{name} in {Path(function.__code__.co_filename).name} is named like a hook but is not marked as one\n"
-                "    fix: put @ftcore.hookimpl above it"
-            )
-        return opts
-
-
 class Hooks:
     """Typed calls of the hooks of one run."""
 
     def __init__(self) -> None:
-        self._pm = _Manager(specs.PROJECT)
+        self._pm = Manager(specs.PROJECT)
         self._pm.add_hookspecs(specs)
         self._origins: dict[str, str] = {}
 
@@ -100,10 +87,12 @@ class Hooks:
         return answer
 
     def collect(self, spec: Callable[P, Sequence[R]], *args: P.args, **kwargs: P.kwargs) -> list[R]:
-        """All answers of an all hook, joined in the order of selection."""
-        answers = getattr(self._pm.hook, _name(spec))(**kwargs)
-        # pluggy asks the last registered first.
-        return [item for answer in reversed(answers) if answer is not None for item in answer]
+        """All answers of an all hook, joined in the order of selection, and what wrappers made of that list.
+
+        Raises PluginError for an answer that is no list.
+        """
+        answers: list[R] = getattr(self._pm.hook, _name(spec))(**kwargs)
+        return answers
 
     def infos(self) -> tuple[PluginInfo, ...]:
         """Every active plugin, in order of registration."""
@@ -116,10 +105,7 @@ class Hooks:
     def who_answers(self, spec: Callable[..., Any]) -> list[str]:
         """Names of the plugins behind a hook, the one that is asked first in front; wrappers carry a `~`."""
         caller = getattr(self._pm.hook, _name(spec))
-        return [
-            ("~" if impl.wrapper or impl.hookwrapper else "") + impl.plugin_name
-            for impl in reversed(caller.get_hookimpls())
-        ]
+        return [("~" if is_wrapper(impl) else "") + impl.plugin_name for impl in reversed(caller.get_hookimpls())]
 
     def _register(self, plugin: object, name: str, origin: str) -> None:
         for hook in (n for n in dir(plugin) if n.startswith(specs.PREFIX)):
@@ -134,6 +120,10 @@ class Hooks:
         except ValueError as error:
             raise PluginError(f"{name} ({origin}) is given twice\n    fix: name it once") from error
         self._origins[name] = origin
+        for caller in self._pm.get_hookcallers(plugin) or []:
+            for impl in caller.get_hookimpls():
+                if impl.plugin is plugin:
+                    refuse_unmarked(impl, caller.name, _is_first(caller.name))
 
     def _implemented(self, plugin: object) -> Iterator[str]:
         callers = self._pm.get_hookcallers(plugin) or []
@@ -141,10 +131,10 @@ class Hooks:
 
     def _refuse_conflicts(self, selected: Sequence[str]) -> None:
         for name in spec_names():
-            if not (getattr(specs, name).ftcore_spec or {}).get("firstresult"):
+            if not _is_first(name):
                 continue
             impls = getattr(self._pm.hook, name).get_hookimpls()
-            rivals = [i.plugin_name for i in impls if i.plugin_name in selected and not (i.wrapper or i.hookwrapper)]
+            rivals = [i.plugin_name for i in impls if i.plugin_name in selected and not is_wrapper(i)]
             if len(rivals) > 1:
                 raise PluginConflict(
                     f"{' and '.join(f'{r} ({self._origins[r]})' for r in rivals)} both answer {name}\n"
@@ -245,3 +235,7 @@ def _signature_hint(plugin: object) -> str | None:
 
 def _name(spec: Callable[..., Any]) -> str:
     return spec.__name__
+
+
+def _is_first(name: str) -> bool:
+    return bool((getattr(specs, name).ftcore_spec or {}).get("firstresult"))
