@@ -146,7 +146,10 @@ def ftcore_format_dataset(plan: Plan, dataset: DatasetDict, tokenizer: PreTraine
 
 @first
 def ftcore_make_collator(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Any | None:
-    """Make the data collator. Answered by trainers; None takes the trainer library's own."""
+    """Make the data collator. Answered by trainers; None takes the trainer library's own.
+
+    A run is refused before weights are loaded where its `ftcore_make_trainer` takes no `collator`, as most do not.
+    """
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +159,10 @@ def ftcore_make_collator(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Any 
 
 @all_answers
 def ftcore_rewards(plan: Plan) -> Sequence[Reward]:
-    """Give reward functions `f(prompts, completions, **columns)`. Answered by rewards, and by core for `rewards`."""
+    """Give reward functions `f(prompts, completions, **columns)`. Answered by rewards, and by core for `rewards`.
+
+    Where `ftcore_make_trainer` takes no `rewards`, nobody asks them, and the run says so.
+    """
 
 
 @all_answers

@@ -102,6 +102,11 @@ class Hooks:
             if plugin is not None
         )
 
+    def taken(self, spec: Callable[..., Any], argument: str) -> bool:
+        """Whether a plugin that answers the hook, or wraps it, takes this argument of it."""
+        impls = getattr(self._pm.hook, _name(spec)).get_hookimpls()
+        return any(argument in (*impl.argnames, *impl.kwargnames) for impl in impls)
+
     def who_answers(self, spec: Callable[..., Any]) -> list[str]:
         """Names of the plugins behind a hook, the one that is asked first in front; wrappers carry a `~`."""
         caller = getattr(self._pm.hook, _name(spec))
