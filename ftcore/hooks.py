@@ -9,7 +9,8 @@ leave out arguments that it does not need. Two kinds of hook:
 * **all**: every answer counts; the lists are joined in the order of selection.
 
 To act before and after a stage, wrap it: `@hookimpl(wrapper=True)` on a function with one `yield`; the value of the
-yield is the stage's result, and what the function returns replaces it.
+yield is the stage's result, and what the function returns replaces it. Around an **all** hook, both are the joined
+list.
 """
 
 from __future__ import annotations

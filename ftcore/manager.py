@@ -9,11 +9,12 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import pluggy
 
+from ftcore import given_plugins
 from ftcore import hooks as specs
 from ftcore.catalog import Catalog, Option, nearest
 from ftcore.config import KINDS, MANY, RunConfig
@@ -59,10 +60,13 @@ class Hooks:
             hooks._register(module, f"{option.kind}/{option.name}", option.origin)
         hooks._refuse_conflicts([f"{o.kind}/{o.name}" for o in selected_options(config, catalog)])
         for text in config.plugins:
-            hooks._register(import_plugin(text, "plugins"), f"plugins/{text}", text)
-        for number, plugin in enumerate(plugins):
-            name = getattr(plugin, "__name__", type(plugin).__name__)
-            hooks._register(_as_plugin(plugin), f"python/{number}.{name}", "python")
+            module = import_plugin(text, "plugins")
+            given_plugins.refuse_misnamed(f"plugins/{text}", module)
+            hooks._register(module, f"plugins/{text}", text)
+        for name, plugin in given_plugins.named(plugins):
+            hooks._register(plugin, name, "python")
+            if not any(hooks._implemented(plugin)):
+                raise given_plugins.empty(name)
         return hooks
 
     def add_core(self, plugin: object, name: str) -> None:
@@ -218,11 +222,6 @@ def import_function(text: str, key: str) -> Callable[..., Any]:
             Problem(key, f"{source} has no function '{name}'", f"did you mean {source}:{near}?" if near else "")
         )
     return function  # type: ignore[no-any-return]
-
-
-def _as_plugin(plugin: object) -> object:
-    """A single decorated function becomes an object with that one hook."""
-    return SimpleNamespace(**{plugin.__name__: plugin}) if inspect.isfunction(plugin) else plugin
 
 
 def _signature_hint(plugin: object) -> str | None:
