@@ -189,3 +189,28 @@ def test_a_collator_that_the_trainer_takes_is_used_and_rewards_that_it_asks_not_
     tiny_run("prompts=[]", plugins=(collator, ftcore_rewards))
     assert collator.seen
     assert "sft asks no rewards: mine of ftcore_rewards changes nothing" in capsys.readouterr().out
+
+
+def test_export_refuses_words_that_would_change_nothing(in_tmp: Path) -> None:
+    model, tokenizer = ftcore.load(LOAD)
+    for word, fix in {
+        "output_dir=there": "give output_dir='FOLDER' as an argument",
+        "plugins=[mine.py]": "give plugins=[...] as an argument",
+        "adapter.r=64": "give it to ftcore.load",
+        "+model=llama": "give it to ftcore.load",
+        "output=there": "give it to ftcore.load",
+    }.items():
+        with pytest.raises(ftcore.Refused) as refused:
+            ftcore.export(model, tokenizer, ["+export=[adapter]", word])
+        key = word.lstrip("+").partition("=")[0]
+        assert str(refused.value).startswith(f"{key}: is no setting of an exporter\n    fix: {fix}")
+    with pytest.raises(ftcore.Refused, match=r"overrides: is a string\n +fix: .*\+export=\[adapter\]"):
+        ftcore.export(model, tokenizer, "+export=[adapter]")
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_a_recorded_run_goes_on_as_it_does_from_the_command_line(tiny_run, in_tmp: Path) -> None:
+    tiny_run("output_dir=one", "trainer.save_steps=1", "prompts=[]")
+    result = ftcore.run(["run=one", "resume=last", "trainer.max_steps=3"])
+    assert result.output_dir == Path("one")
+    assert sorted(path.name for path in in_tmp.iterdir()) == ["one"]
