@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from ftcore import config_guard, foreign_yaml
+from ftcore import config_guard, foreign_yaml, words
 from ftcore.catalog import installed
 from ftcore.config import KINDS, MANY, RunConfig
 from ftcore.errors import Exit, Problem, Refused, refuse
@@ -115,9 +115,10 @@ def register() -> None:
 def parse(overrides: Sequence[str]) -> list[Override]:
     """Parse overrides with Hydra's grammar.
 
-    Raises Refused with the quoted form for text that Hydra's grammar does not take, and for what no setting may hold.
+    Raises Refused for what is no list of words, with the quoted form for text that Hydra's grammar does not take, and
+    for what no setting may hold.
     """
-    config_guard.check_words(overrides)
+    overrides = words.checked(overrides)
     parser = OverridesParser.create()
     parsed = []
     for text in overrides:

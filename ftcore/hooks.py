@@ -9,7 +9,8 @@ leave out arguments that it does not need. Two kinds of hook:
 * **all**: every answer counts; the lists are joined in the order of selection.
 
 To act before and after a stage, wrap it: `@hookimpl(wrapper=True)` on a function with one `yield`; the value of the
-yield is the stage's result, and what the function returns replaces it.
+yield is the stage's result, and what the function returns replaces it. Around an **all** hook, both are the joined
+list.
 """
 
 from __future__ import annotations
@@ -146,7 +147,10 @@ def ftcore_format_dataset(plan: Plan, dataset: DatasetDict, tokenizer: PreTraine
 
 @first
 def ftcore_make_collator(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Any | None:
-    """Make the data collator. Answered by trainers; None takes the trainer library's own."""
+    """Make the data collator. Answered by trainers; None takes the trainer library's own.
+
+    A run is refused before weights are loaded where its `ftcore_make_trainer` takes no `collator`, as most do not.
+    """
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +160,10 @@ def ftcore_make_collator(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Any 
 
 @all_answers
 def ftcore_rewards(plan: Plan) -> Sequence[Reward]:
-    """Give reward functions `f(prompts, completions, **columns)`. Answered by rewards, and by core for `rewards`."""
+    """Give reward functions `f(prompts, completions, **columns)`. Answered by rewards, and by core for `rewards`.
+
+    Where `ftcore_make_trainer` takes no `rewards`, nobody asks them, and the run says so.
+    """
 
 
 @all_answers

@@ -11,15 +11,17 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import pluggy
 
+from ftcore import given_plugins
 from ftcore import hooks as specs
 from ftcore.catalog import Catalog, Option, nearest
 from ftcore.config import KINDS, MANY, RunConfig
 from ftcore.errors import Exit, FtcoreError, NoAnswer, PluginConflict, PluginError, Problem, Refused
+from ftcore.hook_calls import Manager, is_wrapper, refuse_unmarked
 from ftcore.specs import PluginInfo
 
 P = ParamSpec("P")
@@ -35,25 +37,11 @@ WHO_ANSWERS = {
 }
 
 
-class _Manager(pluggy.PluginManager):
-    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
-        # Touch hook names only: a plugin may have attributes that are costly or unsafe to read (pytest #1073).
-        if not name.startswith(specs.PREFIX):
-            return None
-        opts = super().parse_hookimpl_opts(plugin, name)
-        if opts is None and inspect.isfunction(function := getattr(plugin, name)):
-            raise PluginError(
-                f"{name} in {Path(function.__code__.co_filename).name} is named like a hook but is not marked as one\n"
-                "    fix: put @ftcore.hookimpl above it"
-            )
-        return opts
-
-
 class Hooks:
     """Typed calls of the hooks of one run."""
 
     def __init__(self) -> None:
-        self._pm = _Manager(specs.PROJECT)
+        self._pm = Manager(specs.PROJECT)
         self._pm.add_hookspecs(specs)
         self._origins: dict[str, str] = {}
 
@@ -74,10 +62,13 @@ class Hooks:
             hooks._register(module, f"{option.kind}/{option.name}", option.origin)
         hooks._refuse_conflicts([f"{o.kind}/{o.name}" for o in selected_options(config, catalog)])
         for text in config.plugins:
-            hooks._register(import_plugin(text, "plugins"), f"plugins/{text}", text)
-        for number, plugin in enumerate(plugins):
-            name = getattr(plugin, "__name__", type(plugin).__name__)
-            hooks._register(_as_plugin(plugin), f"python/{number}.{name}", "python")
+            module = import_plugin(text, "plugins")
+            given_plugins.refuse_misnamed(f"plugins/{text}", module)
+            hooks._register(module, f"plugins/{text}", text)
+        for name, plugin in given_plugins.named(plugins):
+            hooks._register(plugin, name, "python")
+            if not any(hooks._implemented(plugin)):
+                raise given_plugins.empty(name)
         return hooks
 
     def add_core(self, plugin: object, name: str) -> None:
@@ -102,10 +93,12 @@ class Hooks:
         return answer
 
     def collect(self, spec: Callable[P, Sequence[R]], *args: P.args, **kwargs: P.kwargs) -> list[R]:
-        """All answers of an all hook, joined in the order of selection."""
-        answers = getattr(self._pm.hook, _name(spec))(**kwargs)
-        # pluggy asks the last registered first.
-        return [item for answer in reversed(answers) if answer is not None for item in answer]
+        """All answers of an all hook, joined in the order of selection, and what wrappers made of that list.
+
+        Raises PluginError for an answer that is no list.
+        """
+        answers: list[R] = getattr(self._pm.hook, _name(spec))(**kwargs)
+        return answers
 
     def collect_apart(
         self, spec: Callable[P, Sequence[R]], *args: P.args, **kwargs: P.kwargs
@@ -135,13 +128,15 @@ class Hooks:
             if plugin is not None
         )
 
+    def taken(self, spec: Callable[..., Any], argument: str) -> bool:
+        """Whether a plugin that answers the hook, or wraps it, takes this argument of it."""
+        impls = getattr(self._pm.hook, _name(spec)).get_hookimpls()
+        return any(argument in (*impl.argnames, *impl.kwargnames) for impl in impls)
+
     def who_answers(self, spec: Callable[..., Any]) -> list[str]:
         """Names of the plugins behind a hook, the one that is asked first in front; wrappers carry a `~`."""
         caller = getattr(self._pm.hook, _name(spec))
-        return [
-            ("~" if impl.wrapper or impl.hookwrapper else "") + impl.plugin_name
-            for impl in reversed(caller.get_hookimpls())
-        ]
+        return [("~" if is_wrapper(impl) else "") + impl.plugin_name for impl in reversed(caller.get_hookimpls())]
 
     def _register(self, plugin: object, name: str, origin: str) -> None:
         for hook in (n for n in dir(plugin) if n.startswith(specs.PREFIX)):
@@ -156,6 +151,10 @@ class Hooks:
         except ValueError as error:
             raise PluginError(f"{name} ({origin}) is given twice\n    fix: name it once") from error
         self._origins[name] = origin
+        for caller in self._pm.get_hookcallers(plugin) or []:
+            for impl in caller.get_hookimpls():
+                if impl.plugin is plugin:
+                    refuse_unmarked(impl, caller.name, _is_first(caller.name))
 
     def _implemented(self, plugin: object) -> Iterator[str]:
         callers = self._pm.get_hookcallers(plugin) or []
@@ -163,10 +162,10 @@ class Hooks:
 
     def _refuse_conflicts(self, selected: Sequence[str]) -> None:
         for name in spec_names():
-            if not (getattr(specs, name).ftcore_spec or {}).get("firstresult"):
+            if not _is_first(name):
                 continue
             impls = getattr(self._pm.hook, name).get_hookimpls()
-            rivals = [i.plugin_name for i in impls if i.plugin_name in selected and not (i.wrapper or i.hookwrapper)]
+            rivals = [i.plugin_name for i in impls if i.plugin_name in selected and not is_wrapper(i)]
             if len(rivals) > 1:
                 raise PluginConflict(
                     f"{' and '.join(f'{r} ({self._origins[r]})' for r in rivals)} both answer {name}\n"
@@ -247,11 +246,6 @@ def import_function(text: str, key: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def _as_plugin(plugin: object) -> object:
-    """A single decorated function becomes an object with that one hook."""
-    return SimpleNamespace(**{plugin.__name__: plugin}) if inspect.isfunction(plugin) else plugin
-
-
 def _signature_hint(plugin: object) -> str | None:
     for name in dir(plugin):
         spec = getattr(specs, name, None)
@@ -291,3 +285,7 @@ def _guarded(impl: Any, failed: dict[str, Exception], skipped: list[str]) -> Ite
 
 def _name(spec: Callable[..., Any]) -> str:
     return spec.__name__
+
+
+def _is_first(name: str) -> bool:
+    return bool((getattr(specs, name).ftcore_spec or {}).get("firstresult"))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ftcore import hooks as h
-from ftcore import memory
+from ftcore import memory, splits
 from ftcore.answers import stop_at_turn_ends
 from ftcore.catalog import installed
 from ftcore.config import RewardConfig, RunConfig
@@ -17,7 +17,8 @@ from ftcore.device import Device
 from ftcore.errors import Problem, Refused, refuse
 from ftcore.exporting import Exports, exports
 from ftcore.manager import Hooks
-from ftcore.rewards import counted, guarded
+from ftcore.report import note
+from ftcore.rewards import Guarded, counted, guarded
 from ftcore.specs import Answer, Artifact, Loaded, PatchReport, Phase, Plan, RunResult
 from ftcore.trained_model import Checkpoint
 
@@ -89,9 +90,9 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
     with RunFolder(plan) as folder:
         # The rows come first: what is wrong with one for this tokenizer is said before any weight is read.
         tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
-        raw = hooks.first(h.ftcore_load_dataset, plan=plan)
-        dataset = hooks.first(h.ftcore_format_dataset, plan=plan, dataset=raw, tokenizer=tokenizer)
-        collator = hooks.maybe(h.ftcore_make_collator, plan=plan, tokenizer=tokenizer)
+        raw = splits.read(hooks, plan)
+        dataset = splits.formatted(hooks, plan, raw, tokenizer)
+        collator = make_collator(hooks, plan, tokenizer)
         watch.lap("data")
 
         refuse_too_large(hooks, plan)
@@ -108,7 +109,7 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
             generator.weights_changed()  # training may go on from a checkpoint
         watch.lap("answers_before")
 
-        rewards = guarded(hooks.collect(h.ftcore_rewards, plan=plan), plan.run.scoring)
+        rewards = make_rewards(hooks, plan)
         callbacks = [*counted(rewards), *hooks.collect(h.ftcore_callbacks, plan=plan)]
         optimizer = hooks.maybe(h.ftcore_make_optimizer, plan=plan, model=model)
         trainer = hooks.first(
@@ -146,6 +147,28 @@ def run(config: RunConfig, plugins: Sequence[object] = ()) -> RunResult:
         folder.finish(result, trained)
         written.raise_failed(plan.output_dir)
     return result
+
+
+def make_collator(hooks: Hooks, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Any | None:
+    """The data collator, None for the trainer library's own.
+
+    Raises Refused for one that nobody would use.
+    """
+    collator = hooks.maybe(h.ftcore_make_collator, plan=plan, tokenizer=tokenizer)
+    if collator is not None and not hooks.taken(h.ftcore_make_trainer, "collator"):
+        name = plan.run.trainer.name if plan.run.trainer else "the trainer"
+        fix = "leave ftcore_make_collator out, or override ftcore_make_trainer"
+        raise Refused(Problem("plugins", f"{name} makes its own collator and takes none", fix))
+    return collator
+
+
+def make_rewards(hooks: Hooks, plan: Plan) -> list[Guarded]:
+    """The reward functions; where the trainer asks none, that is said."""
+    rewards = guarded(hooks.collect(h.ftcore_rewards, plan=plan), plan.run.scoring)
+    if rewards and not hooks.taken(h.ftcore_make_trainer, "rewards"):
+        name = plan.run.trainer.name if plan.run.trainer else "the trainer"
+        note(f"{name} asks no rewards: {', '.join(r.__name__ for r in rewards)} of ftcore_rewards changes nothing")
+    return rewards
 
 
 def export(hooks: Hooks, loaded: Loaded) -> list[Artifact]:

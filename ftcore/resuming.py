@@ -24,6 +24,14 @@ TRAINED = "trained"
 """Folder with what a run trained: there before its exports are."""
 
 
+def started(config: RunConfig) -> RunConfig:
+    """A recorded config that is trained again gets a new folder, but `resume=last` goes on in the one that it names."""
+    if config.run is None:
+        return config
+    folder = config.run if config.resume.checkpoint == "last" and config.output_dir is None else config.output_dir
+    return replace(config, run=None, output_dir=folder)
+
+
 def going_on(run: RunConfig, root: Path = Path("runs")) -> RunConfig:
     """The config that goes on with an interrupted run of the same command, or `run` itself where there is none.
 

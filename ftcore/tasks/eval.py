@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ftcore import hooks as h
-from ftcore import pipeline
+from ftcore import pipeline, splits
 from ftcore.config import RunConfig
 from ftcore.errors import Problem, Refused
 from ftcore.manager import Hooks
@@ -72,13 +72,13 @@ def _held_out(hooks: Hooks, plan: Plan, config: RunConfig) -> dict[str, Any]:
     if plan.trainer is None:
         fix = "add +trainer=NAME, or run=RUN; `ftcore plugins trainer` lists them"
         raise Refused(Problem("trainer", "no trainer is selected, and it is what measures", fix))
-    raw = hooks.first(h.ftcore_load_dataset, plan=plan)
+    raw = splits.read(hooks, plan)
     if "eval" not in raw:
         message = "the run held out no rows" if config.run else "there are no held-out rows"
         raise Refused(Problem("data.eval_path", message, "name a file of them: data.eval_path=held.jsonl"))
     tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
     rows = DatasetDict({"eval": raw["eval"]})
-    made = hooks.first(h.ftcore_format_dataset, plan=plan, dataset=rows, tokenizer=tokenizer)
+    made = splits.formatted(hooks, plan, rows, tokenizer)
     return {"train": made["eval"], "eval": made["eval"]}
 
 
@@ -95,7 +95,7 @@ def measure(hooks: Hooks, plan: Plan, dataset: Any, run: Path | None) -> dict[st
         model=model,
         tokenizer=tokenizer,
         dataset=dataset,
-        collator=hooks.maybe(h.ftcore_make_collator, plan=plan, tokenizer=tokenizer),
+        collator=pipeline.make_collator(hooks, plan, tokenizer),
         rewards=guarded(hooks.collect(h.ftcore_rewards, plan=plan), plan.run.scoring),
         callbacks=[],
         generator=generator,

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from ftcore import hooks as h
-from ftcore import pipeline
+from ftcore import pipeline, splits
 from ftcore.chat import render
 from ftcore.config import TrainerConfig
 from ftcore.defaults.check_data import check_rows
@@ -32,8 +32,8 @@ def main(argv: list[str]) -> int:
     if plan.trainer is None:
         plan = _without_trainer(plan)
     tokenizer = hooks.first(h.ftcore_load_tokenizer, plan=plan)
-    raw = hooks.first(h.ftcore_load_dataset, plan=plan)
-    dataset = hooks.first(h.ftcore_format_dataset, plan=plan, dataset=raw, tokenizer=tokenizer)
+    raw = splits.read(hooks, plan)
+    dataset = splits.formatted(hooks, plan, raw, tokenizer)
     split = "eval" if plan.run.preview.eval else "train"
     if split not in dataset:
         raise Refused(Problem("preview.eval", "there are no held-out rows", "set data.eval_path or data.eval_size"))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ftcore import pipeline
-from ftcore.config import RunConfig
-from ftcore.resuming import going_on
+from ftcore.resuming import going_on, started
 from ftcore.tasks._config import config_of, split_config_dir
 
 
@@ -20,11 +17,3 @@ def main(argv: list[str]) -> int:
     else:
         pipeline.run(going_on(started(config_of(argv))))
     return 0
-
-
-def started(config: RunConfig) -> RunConfig:
-    """A recorded config that is trained again gets a new folder, but `resume=last` goes on in the one that it names."""
-    if config.run is None:
-        return config
-    folder = config.run if config.resume.checkpoint == "last" and config.output_dir is None else config.output_dir
-    return replace(config, run=None, output_dir=folder)

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ftcore.config import KINDS
 from ftcore.errors import Refused
+from ftcore.manager import import_plugin
 from ftcore.tasks import new
 from ftcore.testing import Environment
 
@@ -168,3 +170,13 @@ def test_one_word_of_the_shell(ftcore_cli, in_tmp: Path) -> None:  # type: ignor
     again = ftcore_cli("new", "extra/diary")
     assert again.returncode == 2
     assert again.stderr.startswith("ftcore: extra/diary: ftcore-diary exists already")
+
+
+@pytest.mark.parametrize("name", ["variety", "config", "text_of"])
+def test_a_reward_may_be_called_like_what_it_uses(name: str, tmp_path: Path) -> None:
+    folder = new.write_package("reward", name, tmp_path)
+    module = import_plugin(str(folder / f"ftcore_{name}" / "__init__.py"), "plugins")
+    plan = SimpleNamespace(config=lambda cls: cls(name=name, weight=2.0))
+    (reward,) = module.ftcore_rewards(plan)
+    assert reward.__name__ == name
+    assert reward(completions=["one two", [{"role": "assistant", "content": "one One"}]]) == [2.0, 1.0]

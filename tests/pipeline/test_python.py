@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import ftcore
+from ftcore.errors import PluginError
 
 LOAD = ["+model=llama", "model.tiny=true"]
 
@@ -121,3 +124,93 @@ def test_an_override_of_loading_reaches_the_pipeline(tiny_run) -> None:
 
     result = tiny_run(plugins=(ftcore_load_model,))
     assert result.metrics["eval_loss_before"] == pytest.approx(torch.log(torch.tensor(259.0)).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("hook", ["ftcore_load_dataset", "ftcore_format_dataset"])
+def test_rows_that_are_not_given_by_split_are_refused(hook: str, tiny_run) -> None:
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list([{"prompt": "a"}])
+    answers = iter([rows, DatasetDict({"test": rows})])
+
+    def override() -> object:
+        return next(answers)
+
+    override.__name__ = hook
+    for has in ("Dataset", "the splits test"):
+        with pytest.raises(PluginError) as wrong:
+            tiny_run(plugins=(ftcore.hookimpl(override),))
+        assert str(wrong.value) == (
+            f"{hook} gives the rows by split, with one called train, and this is {has}\n"
+            "    fix: return DatasetDict({'train': ...})"
+        )
+
+
+def makes_collator() -> object:
+    @ftcore.hookimpl
+    def ftcore_make_collator(plan, tokenizer):
+        from transformers import DataCollatorForSeq2Seq
+
+        collate = DataCollatorForSeq2Seq(tokenizer)
+
+        def mine(rows):
+            seen.append(len(rows))
+            return collate(rows)
+
+        return mine
+
+    seen: list[int] = []
+    return SimpleNamespace(ftcore_make_collator=ftcore_make_collator, seen=seen)
+
+
+def test_a_collator_that_the_trainer_does_not_take_is_refused_before_weights_are_loaded(in_tmp: Path) -> None:
+    @ftcore.hookimpl
+    def ftcore_load_model():
+        raise AssertionError("weights are loaded")
+
+    words = [*LOAD, "+trainer=dpo", "trainer.max_steps=1", "prompts=[]"]
+    with pytest.raises(ftcore.Refused) as refused:
+        ftcore.run(words, plugins=[makes_collator(), ftcore_load_model])
+    assert str(refused.value) == (
+        "plugins: dpo makes its own collator and takes none\n"
+        "    fix: leave ftcore_make_collator out, or override ftcore_make_trainer"
+    )
+
+
+def test_a_collator_that_the_trainer_takes_is_used_and_rewards_that_it_asks_not_are_said(tiny_run, capsys) -> None:
+    @ftcore.hookimpl
+    def ftcore_rewards():
+        def mine(completions, **_):
+            raise AssertionError("asked")
+
+        return [mine]
+
+    collator: Any = makes_collator()
+    tiny_run("prompts=[]", plugins=(collator, ftcore_rewards))
+    assert collator.seen
+    assert "sft asks no rewards: mine of ftcore_rewards changes nothing" in capsys.readouterr().out
+
+
+def test_export_refuses_words_that_would_change_nothing(in_tmp: Path) -> None:
+    model, tokenizer = ftcore.load(LOAD)
+    for word, fix in {
+        "output_dir=there": "give output_dir='FOLDER' as an argument",
+        "plugins=[mine.py]": "give plugins=[...] as an argument",
+        "adapter.r=64": "give it to ftcore.load",
+        "+model=llama": "give it to ftcore.load",
+        "output=there": "give it to ftcore.load",
+    }.items():
+        with pytest.raises(ftcore.Refused) as refused:
+            ftcore.export(model, tokenizer, ["+export=[adapter]", word])
+        key = word.lstrip("+").partition("=")[0]
+        assert str(refused.value).startswith(f"{key}: is no setting of an exporter\n    fix: {fix}")
+    with pytest.raises(ftcore.Refused, match=r"overrides: is a string\n +fix: .*\+export=\[adapter\]"):
+        ftcore.export(model, tokenizer, "+export=[adapter]")
+    assert list(in_tmp.iterdir()) == []
+
+
+def test_a_recorded_run_goes_on_as_it_does_from_the_command_line(tiny_run, in_tmp: Path) -> None:
+    tiny_run("output_dir=one", "trainer.save_steps=1", "prompts=[]")
+    result = ftcore.run(["run=one", "resume=last", "trainer.max_steps=3"])
+    assert result.output_dir == Path("one")
+    assert sorted(path.name for path in in_tmp.iterdir()) == ["one"]

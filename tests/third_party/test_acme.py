@@ -126,7 +126,7 @@ def test_selected_and_one_hook_overridden(acme: Environment, tmp_path: Path) -> 
         "@ftcore.hookimpl(wrapper=True)\n"
         "def ftcore_export(plan, checkpoint):\n"
         "    artifacts = yield\n"
-        "    (plan.output_dir / 'seen.txt').write_text(' '.join(a.target for many in artifacts for a in many))\n"
+        "    (plan.output_dir / 'seen.txt').write_text(' '.join(a.target for a in artifacts))\n"
         "    return artifacts\n"
     )
     words = ("+model=acme_olmo2", "+trainer=sft", "+export=[acme_zip]", "plugins=[mine.py]", "output_dir=run", *TINY)
