@@ -256,6 +256,9 @@ def _signature_hint(plugin: object) -> str | None:
         if wrong:
             fix = f"its arguments are ({', '.join(known)}); leave out what you do not need"
             return f"{name} takes no argument '{wrong[0]}'\n    fix: {fix}"
+        options = getattr(getattr(plugin, name), given_plugins.MARK, {})
+        if options.get("wrapper") and not inspect.isgeneratorfunction(getattr(plugin, name)):
+            return f"{name} is marked as a wrapper and has no yield\n    fix: answer = yield; return answer"
     return None
 
 

@@ -139,6 +139,19 @@ def test_a_generator_answers_an_all_hook_and_one_that_meant_to_wrap_is_told() ->
         found(says([None]))
 
 
+def test_a_wrapper_without_yield_is_named() -> None:
+    @wrapper
+    def ftcore_check_plan():
+        return []
+
+    with pytest.raises(PluginError) as wrong:
+        hooks_of(ftcore_check_plan)
+    assert str(wrong.value) == (
+        "plugin/0 (ftcore): ftcore_check_plan is marked as a wrapper and has no yield\n"
+        "    fix: answer = yield; return answer"
+    )
+
+
 def test_a_generator_that_answers_a_first_hook_was_meant_to_wrap() -> None:
     @hookimpl
     def ftcore_load_model():
