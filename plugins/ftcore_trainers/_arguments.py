@@ -41,13 +41,19 @@ OWNED = frozenset(
         "disable_tqdm",
         "metric_for_best_model",
         "use_liger_kernel",
+        "label_smoothing_factor",
         "max_length",
         "packing",
     }
 )
-"""Arguments that follow from ftcore's own keys, so that `trainer.args` may not set them."""
-OWNED_BY_SFT = OWNED | {"assistant_only_loss", "completion_only_loss", "dataset_kwargs"}
-"""With those that say which tokens TRL's SFTTrainer trains, which ftcore's labels say."""
+"""Arguments that follow from ftcore's own keys, or that losses leave out, so that `trainer.args` may not set them."""
+OWNED_WITH_SMOOTHING = OWNED - {"label_smoothing_factor"}
+"""Where the loss is transformers' own, which smooths labels."""
+OWNED_BY_ROWS = frozenset(
+    {"assistant_only_loss", "completion_only_loss", "dataset_kwargs", "dataset_text_field", "chat_template_path"}
+) | {"eos_token"}
+"""Of TRL's SFTTrainer: which tokens are trained, and by which template, which ftcore's rows say before it is made."""
+OWNED_BY_SFT = OWNED_WITH_SMOOTHING | OWNED_BY_ROWS
 OF_TOKENS = ("perplexity", "mean_token_accuracy")
 """What it measures on held-out rows besides the loss."""
 

@@ -87,7 +87,11 @@ class ChunkedGKDTrainer(LeanLoop, GKDTrainer):
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             total = total + checkpoint(self._divergence, mine[part], theirs[part], use_reentrant=False)
-        return total / (max(len(rows), 1) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            return total / max(len(rows), 1)
+        # The number is of all processes where it is averaged over them, and their gradients are averaged as well.
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return total * processes / num_items_in_batch
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """The divergence on held-out rows."""

@@ -42,7 +42,7 @@ class GeneratorGRPOTrainer(SharedPrompts, Rollouts, GRPOTrainer):
             return 1
         first = self._step % self.args.steps_per_generation // split * split
         tokens = sum(part["completion_mask"].sum() for part in parts[first : first + split])
-        return inputs["completion_mask"].sum() * split / tokens
+        return inputs["completion_mask"].sum() * split / tokens.clamp(min=1)  # none where all were cut off and left out
 
     def _generate_single_turn(
         self,

@@ -27,10 +27,13 @@ class FusedKTOTrainer(ReferredTrainer, KTOTrainer):
         columns = next(iter(dataset))
         if "prompt" not in columns:
             dataset = dataset.map(extract_prompt)
+        shuffled = dataset_name == "train" and isinstance(dataset, Dataset)
         if "rejected" in columns:
-            dataset = unpair_preference_dataset(dataset)
+            # TRL puts all wanted answers of a block before the others: a batch of rows that keep their order has both.
+            pairs = 1000 if shuffled else max(args.per_device_train_batch_size // 2, 2)
+            dataset = unpair_preference_dataset(dataset, batch_size=pairs)
         # Mismatched pairs belong to their neighbours, so TRL reads the rows in their order: it is drawn here, once.
-        if dataset_name == "train" and isinstance(dataset, Dataset):
+        if shuffled:
             dataset = dataset.shuffle(seed=args.data_seed)
         whole = copy.copy(args)
         whole.per_device_train_batch_size *= args.gradient_accumulation_steps

@@ -104,9 +104,9 @@ class PPOTrainer(WritesAhead, LeanLoop, Trainer):
             advantages = ppo.whiten(advantages, mask)
 
         kl = ((logprobs - reference) * mask).sum(1).mean().item()
+        self._record(len(rows), kl=kl, kl_coef=self._kl.value)
         self._record(
-            kl=kl,
-            kl_coef=self._kl.value,
+            float(mask.sum()),
             values=(values * mask).sum() / mask.sum(),
             returns=returns.sum() / mask.sum(),
             explained_variance=ppo.explained_variance(values, returns, mask),
@@ -141,11 +141,13 @@ class PPOTrainer(WritesAhead, LeanLoop, Trainer):
             )
             values = torch.tensor([math.nan if v is None else float(v) for v in said], device=total.device)
             total += values.nan_to_num()
-            self._record(**{f"rewards/{reward.__name__}/mean": values.nanmean()})
+            known = len(said) - int(values.isnan().sum())
+            self._record(known, **{f"rewards/{reward.__name__}/mean": values.nanmean()})
         ended = set(end_ids(self.model, self.processing_class))
         cut = torch.tensor([ids[-1] not in ended for ids in completions], device=total.device)
         lengths = [len(ids) for ids in completions]
         self._record(
+            len(completions),
             reward=total.mean(),
             reward_std=total.std(correction=0),
             **{"completions/mean_length": sum(lengths) / len(lengths), "completions/clipped_ratio": cut.float().mean()},

@@ -41,11 +41,31 @@ def problems(plan: Plan, nucleus: bool = True) -> Iterator[Problem]:
     penalty = config.args.get("repetition_penalty")
     if isinstance(penalty, int | float) and not 0 < penalty < math.inf:
         yield Problem("trainer.args.repetition_penalty", f"is {penalty}", "give a number above 0; 1 leaves it out")
+    for name in (name for name in config.args if name.startswith("vllm_")):
+        message = "is of TRL's own way to vLLM, which is not taken"
+        yield Problem(f"trainer.args.{name}", message, "leave it out; generator=vllm has settings of its own")
     if nucleus and not 0 < config.top_p <= 1:
         yield Problem("trainer.top_p", f"is {config.top_p}", "give a number above 0 and up to 1")
     if config.packing:
         name = {"grpo": "GRPO", "ppo": "PPO", "rloo": "RLOO"}.get(config.name, config.name)
         yield Problem("trainer.packing", f"{name}'s completions cannot be packed", "leave trainer.packing out")
+
+
+def without_dropout(plan: Plan) -> Iterator[Problem]:
+    """TRL switches dropout off in these trainers, unless it is told not to."""
+    assert plan.run.trainer is not None
+    if getattr(plan.run.adapter, "dropout", 0.0) and plan.run.trainer.args.get("disable_dropout", True):
+        fix = "leave it out, or add +trainer.args.disable_dropout=false"
+        yield Problem("adapter.dropout", f"{plan.run.trainer.name} switches it off", fix)
+
+
+def noisy_dropout(plan: Plan) -> Iterator[Problem]:
+    """Dropout would be another one in each pass whose log-probabilities are compared."""
+    assert plan.run.trainer is not None
+    if getattr(plan.run.adapter, "dropout", 0.0) and not plan.run.trainer.args.get("disable_dropout"):
+        name = plan.run.trainer.name
+        message = f"{name} compares log-probabilities of the same tokens, which dropout would make noisy"
+        yield Problem("adapter.dropout", message, "leave it out")
 
 
 def group_problems(plan: Plan) -> Iterator[Problem]:

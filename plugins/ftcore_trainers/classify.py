@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ftcore import Plan, Problem, Refused, Shape, TrainerConfig, TrainerSpec, hookimpl
-from ftcore_trainers._arguments import OWNED
+from ftcore_trainers._arguments import OWNED_WITH_SMOOTHING
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -44,7 +44,7 @@ def ftcore_trainer_spec(config: Config) -> TrainerSpec:
     return TrainerSpec(
         accepts=frozenset({Shape.LABELS}),
         args="transformers.training_args:TrainingArguments",
-        owned=OWNED | {"remove_unused_columns", "label_names"},
+        owned=OWNED_WITH_SMOOTHING | {"remove_unused_columns", "label_names"},
         auto_class="AutoModelForSequenceClassification",
         settings=settings if config.labels else {},
         measures=("accuracy", "macro_f1"),

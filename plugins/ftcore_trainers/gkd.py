@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ftcore import Plan, Problem, Refused, Shape, TrainerConfig, TrainerSpec, checkpoint, hookimpl
 from ftcore.errors import Exit
-from ftcore_trainers._arguments import OWNED
+from ftcore_trainers._arguments import OWNED, OWNED_BY_ROWS
 from ftcore_trainers._preference import in_range
-from ftcore_trainers._rollout_keys import problems
+from ftcore_trainers._rollout_keys import problems, without_dropout
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -40,14 +40,14 @@ class Config(TrainerConfig):
 @hookimpl
 def ftcore_trainer_spec() -> TrainerSpec:
     """Takes token ids and labels, which ftcore makes."""
-    own = {"lmbda", "beta", "max_new_tokens", "temperature", "seq_kd", "dataset_kwargs", "padding_free"}
+    own = {"lmbda", "beta", "max_new_tokens", "temperature", "seq_kd", "padding_free"}
     own |= {"teacher_model_name_or_path", "teacher_model_init_kwargs", "model_init_kwargs", "remove_unused_columns"}
     return TrainerSpec(
         accepts=frozenset({Shape.MESSAGES, Shape.PROMPT_COMPLETION}),
         tokenized=True,
         teacher=True,
         args="trl.experimental.gkd.gkd_config:GKDConfig",
-        owned=OWNED | own | {"assistant_only_loss", "completion_only_loss", "loss_type"},
+        owned=OWNED | OWNED_BY_ROWS | own | {"loss_type"},
     )
 
 
@@ -55,7 +55,7 @@ def ftcore_trainer_spec() -> TrainerSpec:
 def ftcore_check_plan(plan: Plan) -> list[Problem]:
     """There is a teacher, with the student's vocabulary."""
     config = plan.config(Config)
-    found = [*_sampled(plan, config), *in_range(config, from_0=("lmbda", "beta"))]
+    found = [*_sampled(plan, config), *without_dropout(plan), *in_range(config, from_0=("lmbda", "beta"))]
     for key in ("lmbda", "beta"):
         if getattr(config, key) > 1:
             found.append(Problem(f"trainer.{key}", f"is {getattr(config, key)}", "give a number from 0 to 1"))

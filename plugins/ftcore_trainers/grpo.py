@@ -10,7 +10,7 @@ from ftcore import Passes, Plan, Problem, Shape, TrainerConfig, TrainerSpec, hoo
 from ftcore_trainers._arguments import OWNED
 from ftcore_trainers._preference import ReferenceModel, in_range, reference_problems, unknown_loss
 from ftcore_trainers._prompts import ftcore_format_dataset as ftcore_format_dataset
-from ftcore_trainers._rollout_keys import OWNED_BY_ROLLOUTS, group_problems, in_groups, problems
+from ftcore_trainers._rollout_keys import OWNED_BY_ROLLOUTS, group_problems, in_groups, noisy_dropout, problems
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -19,6 +19,8 @@ SELECTS = {"data": "prompts"}
 SAMPLE_REWARD = "length"
 """Reward for the shipped sample rows, where the user names none."""
 
+SEVERAL_STEPS = ("generation_batch_size", "steps_per_generation", "num_iterations")
+"""Arguments by which a rollout is learnt from in several steps, whose probabilities are compared with its own."""
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
@@ -80,6 +82,7 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
     return [
         *group_problems(plan),
         *problems(plan),
+        *(noisy_dropout(plan) if any(name in config.args for name in SEVERAL_STEPS) else ()),
         *in_range(config, from_0=("beta",)),
         *unknown_loss(config.loss_type, LOSS_TYPES),
         *held,

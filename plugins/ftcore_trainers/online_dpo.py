@@ -10,7 +10,7 @@ from ftcore import Passes, Plan, Problem, Shape, TrainerConfig, TrainerSpec, hoo
 from ftcore_trainers._arguments import OWNED
 from ftcore_trainers._preference import ReferenceModel, in_range, reference_problems, unknown_loss
 from ftcore_trainers._prompts import ftcore_format_dataset as ftcore_format_dataset
-from ftcore_trainers._rollout_keys import OWNED_BY_ROLLOUTS, problems
+from ftcore_trainers._rollout_keys import OWNED_BY_ROLLOUTS, problems, without_dropout
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -64,6 +64,7 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
     config = plan.config(Config)
     return [
         *problems(plan),
+        *without_dropout(plan),
         *in_range(config, above_0=("beta",)),
         *unknown_loss(config.loss_type, LOSS_TYPES),
         *reference_problems(plan, config.reference, False),

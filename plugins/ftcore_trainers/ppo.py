@@ -74,7 +74,7 @@ def ftcore_trainer_spec(config: Config) -> TrainerSpec:
         wants_rewards=True,
         reference_model=config.kl_coef > 0,
         args="transformers.training_args:TrainingArguments",
-        owned=OWNED | {"remove_unused_columns", "label_names", "label_smoothing_factor"},
+        owned=OWNED | {"remove_unused_columns", "label_names"},
         measures=("reward",),
         passes=Passes(
             unlearnt=1 + float(config.kl_coef > 0),

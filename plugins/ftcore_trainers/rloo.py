@@ -9,7 +9,7 @@ from ftcore import Passes, Plan, Problem, Shape, TrainerConfig, TrainerSpec, hoo
 from ftcore_trainers._arguments import OWNED
 from ftcore_trainers._preference import ReferenceModel, in_range, reference_problems
 from ftcore_trainers._prompts import ftcore_format_dataset as ftcore_format_dataset
-from ftcore_trainers._rollout_keys import OWNED_BY_ROLLOUTS, group_problems, in_groups, problems
+from ftcore_trainers._rollout_keys import OWNED_BY_ROLLOUTS, group_problems, in_groups, noisy_dropout, problems
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -63,7 +63,13 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
     """Groups must fill the batch, and a group of one has no baseline."""
     config = plan.config(Config)
     held = reference_problems(plan, config.reference, False) if config.beta > 0 else ()
-    return [*group_problems(plan), *problems(plan), *in_range(config, from_0=("beta",)), *held]
+    return [
+        *group_problems(plan),
+        *problems(plan),
+        *noisy_dropout(plan),
+        *in_range(config, from_0=("beta",)),
+        *held,
+    ]
 
 
 @hookimpl

@@ -32,6 +32,7 @@ CONFIG, DATA, MISSING = int(Exit.CONFIG), int(Exit.DATA), int(Exit.MISSING_INPUT
 TINY = "+model=qwen3 model.tiny=true"
 SFT = f"{TINY} +trainer=sft"
 GRPO = f"{TINY} +trainer=grpo"
+RLOO = f"{TINY} +trainer=rloo +reward=[length]"
 BIG = "+model=qwen3 +trainer=sft"
 OWN = f"{GRPO} data.path=prompts.jsonl rewards=[rewards.py:length]"
 
@@ -387,6 +388,22 @@ CASES = {
     "greedy-rollouts": wrong(f"{GRPO} trainer.temperature=0", CONFIG, "trainer.temperature: is 0", "or above"),
     "cold-rollouts": wrong(f"{GRPO} trainer.temperature=1e-40", CONFIG, "trainer.temperature: is 1e-40", "or above"),
     "cold-answers": wrong(f"{SFT} sampling.temperature=1e-40", CONFIG, "sampling.temperature: is 1e-40", "give 0 for"),
+    "dropout-of-rloo": wrong(f"{RLOO} adapter.dropout=0.1", CONFIG, "adapter.dropout: rloo compares", "leave it out"),
+    "dropout-of-long-rollouts": wrong(
+        f"{GRPO} adapter.dropout=0.1 +trainer.args.num_iterations=2", CONFIG, "adapter.dropout: grpo compares"
+    ),
+    "dropout-of-gkd": wrong(
+        f"{TINY} +trainer=gkd adapter.dropout=0.1", CONFIG, "gkd switches it off", "trainer.args.disable_dropout=false"
+    ),
+    "dropout-of-online-dpo": wrong(f"{TINY} +trainer=online_dpo adapter.dropout=0.1", CONFIG, "switches it off"),
+    "vllm-of-trl": wrong(
+        f"{GRPO} +trainer.args.vllm_gpu_memory_utilization=0.9", CONFIG, "TRL's own way to vLLM", "generator=vllm"
+    ),
+    "smoothing-that-a-loss-leaves-out": wrong(
+        f"{TINY} +trainer=dpo +trainer.args.label_smoothing_factor=0.1", CONFIG, "label_smoothing_factor"
+    ),
+    "template-of-trl": wrong(f"{SFT} +trainer.args.chat_template_path=x.jinja", CONFIG, "chat_template_path"),
+    "end-of-trl": wrong(f"{SFT} +trainer.args.eos_token='<x>'", CONFIG, "eos_token"),
     "repetition-penalty": wrong(
         f"{GRPO} trainer.args.repetition_penalty=0", CONFIG, "trainer.args.repetition_penalty: is 0", "above 0"
     ),

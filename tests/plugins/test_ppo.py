@@ -183,13 +183,26 @@ def test_logprobs_and_values_are_those_of_each_row_alone(trainer) -> None:
             assert not any(tensor[row, count:].any() for tensor in (logprobs, values, entropy))
 
 
+def test_a_batch_of_few_rows_weighs_less_in_what_is_measured(trainer, monkeypatch) -> None:
+    """As the last one of the held-out prompts has."""
+    monkeypatch.setattr(trainer, "_rewards", [lambda prompts, **_: [float(len(prompts) == 1)] * len(prompts)])
+    trainer.model.eval()
+    trainer._metrics["eval"].clear()
+    for number in (8, 1):
+        trainer._scores([{"prompt": "Hi"}] * number, [[5, 6]] * number)
+    logs: dict[str, float] = {}
+    trainer.log(logs)
+    assert logs["eval_reward"] == pytest.approx(1 / 9)
+    trainer._metrics["eval"].clear()
+
+
 def test_a_rollout_is_on_policy_and_starts_at_the_reference(tmp_path: Path) -> None:
     made = held(tmp_path / "run", "ppo", "trainer.micro_batch=4", *STEP).trainer
     made.model.train()
     torch.manual_seed(0)
     batch = made.roll_out([made.train_dataset[place] for place in range(4)])
     logged = made._metrics["train"]
-    assert logged["kl"] == [(0.0, 1.0)]
+    assert logged["kl"] == [(0.0, 4)]
     assert batch["old_logprobs"].abs().sum() > 1
     assert not batch["old_values"].any()  # the value head begins with 0
     made.current_gradient_accumulation_steps = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from typing import Any
@@ -354,6 +355,18 @@ def test_pairs_are_rows_of_kto_as_well(tmp_path) -> None:
     found = held(tmp_path / "run", "kto", "data=preference")
     assert len(found.trainer.train_dataset) == 2 * len(found.rows)
     assert sum(found.trainer.train_dataset["label"]) == len(found.rows)
+
+
+def test_pairs_that_keep_their_order_give_kto_batches_of_both_answers(tmp_path) -> None:
+    words = ("data=preference", "trainer.micro_batch=4", "trainer.global_batch=4")
+    found = held(tmp_path / "held out", "kto", *words, "data.eval_size=4").trainer
+    labels = list(found.eval_dataset["label"])
+    assert len(labels) == 8
+    assert all(set(labels[at : at + 4]) == {True, False} for at in (0, 4))
+    streamed = held(tmp_path / "streamed", "kto", *words, "data.streaming=true", "trainer.max_steps=1").trainer
+    labels = [row["label"] for row in itertools.islice(streamed.train_dataset, 16)]
+    assert len(labels) == 16
+    assert all(set(labels[at : at + 4]) == {True, False} for at in range(0, 16, 4))
 
 
 def test_a_router_s_loss_keeps_its_mask_and_trl_s_head(tmp_path) -> None:

@@ -88,6 +88,16 @@ def clipped_loss(kind: str, new: Any, old: Any, advantages: Any, mask: Any, sequ
     return loss.sum() / (len(loss) * longest if kind == "dr_grpo" else mask.sum())
 
 
+def test_a_step_whose_completions_are_all_left_out_is_worth_nothing(grpo, monkeypatch) -> None:
+    """As TRL leaves out those that were cut off; their mean over no tokens is no number."""
+    none = {"completion_mask": torch.zeros(4, 6, dtype=torch.long)}
+    monkeypatch.setattr(grpo, "loss_type", "bnpo")
+    monkeypatch.setattr(grpo, "_buffered_inputs", [none], raising=False)
+    monkeypatch.setattr(grpo, "_step", 0)
+    monkeypatch.setattr(grpo, "current_gradient_accumulation_steps", 1, raising=False)
+    assert float(grpo._part_of_step(none)) == 0
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sampled_from(["grpo", "bnpo", "dr_grpo", "dapo"]), st.booleans(), st.integers(0, 1 << 30), st.floats(0.01, 1.0)
