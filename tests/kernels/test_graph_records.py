@@ -20,7 +20,13 @@ class Again:
         self.launches()
 
 
+POOLS: list[tuple[int, Any]] = []
+"""Layer and memory of each recording since the test began."""
+
+
 def _record(record: graphs.Record, graph: Again, launches: Any) -> None:
+    POOLS.append((record.index, record.shared.pool_of(record.is_late())))
+
     def run() -> None:
         out = record.out
         with torch.no_grad():
@@ -35,7 +41,8 @@ def _record(record: graphs.Record, graph: Again, launches: Any) -> None:
 
 class Shared(graphs.Shared):
     def __init__(self, device: torch.device) -> None:
-        self._tables, self._sources, self._down = {}, {}, {}
+        self.pool = object()
+        self._forget_batches()
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +53,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs.Record, "_record", _record)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Again)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    POOLS.clear()
     monkeypatch.setattr(attention.Differentiated, "recordable", True)
 
 
@@ -262,6 +271,53 @@ def test_a_layer_that_changed_is_not_the_recorded_one(change: Any, models: tuple
         found.append(train(model, [(2, 16)] * 4, 1))
     assert records(models[1]) != {0}
     assert len(found[0]) == len(found[1])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="looks at the stand-in's memory")
+@pytest.mark.parametrize(("change", "apart"), [(a_trained_norm, {0}), (other_weights, {1}), (other_factors, {0, 1})])
+def test_who_records_later_than_others_writes_none_of_their_memory(change: Any, apart: set[int]) -> None:
+    """What they keep counts as free in the common pool once their backward is recorded."""
+    model = load(True)
+    train(model, [(2, 16)] * 4 + [(3, 8)] * 4, 1)
+    layers = set(range(len({index for index, _ in POOLS})))
+    assert {index for index, _ in POOLS} == layers
+    assert len({id(pool) for _, pool in POOLS}) == 1
+    common = POOLS[0][1]
+    POOLS.clear()
+    change(model)
+    train(model, [(2, 16)] * 4, 1)
+    late = {index for index, pool in POOLS if pool is not common}
+    assert late == {index for index, _ in POOLS} == apart
+    assert len({id(pool) for _, pool in POOLS}) == 1, "of one batch"
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="looks at the stand-in's memory")
+def test_every_batch_of_late_recordings_has_memory_of_its_own() -> None:
+    model = load(True)
+    train(model, [(2, 16)] * 4, 1)
+    POOLS.clear()
+    for change in (other_weights, a_trained_norm):
+        change(model)
+        train(model, [(2, 16)] * 4, 1)
+    assert len({id(pool) for _, pool in POOLS}) == 2
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_gradients_add_up_also_where_records_are_forgotten_on_the_way(micro: int) -> None:
+    """Of a forward that was replayed before: its backward writes where gradients were left."""
+    found = []
+    for replays in (False, True):
+        model = load(replays)
+        train(model, [(2, 16)] * 4, 1)
+        for step in range(micro):
+            model(input_ids=batch(step), labels=batch(step)).loss.backward()
+        loss = model(input_ids=batch(9), labels=batch(9)).loss
+        for module in model.modules():
+            if replays and hasattr(module, "ftcore_recompute"):
+                module.ftcore_recompute.forget()
+        loss.backward()
+        found.append(gradients(model))
     assert all(map(torch.equal, *found))
 
 

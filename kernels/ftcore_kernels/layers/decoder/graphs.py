@@ -4,13 +4,15 @@ A shape of batch runs as usual until every kernel in it is compiled and every pl
 once per layer and replayed. Layers are chained through memory: a layer reads where the one before it wrote, so that a
 step copies the batch once, not once per layer. All graphs of a model share a pool of memory. That is safe because a
 batch's forward and backward are over before the next batch's begin; where they are not (two forwards before a
-backward), the second one runs as usual.
+backward), the second one runs as usual. And because all layers record a shape in the same batch, while what each keeps
+is still there; a layer that records later than others has a pool of that batch's own (`Shared.pool_of`).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ SEEN_BEFORE = 2
 SHAPES = 8
 """Recorded shapes of a layer; every further one runs as usual."""
 
+SHAPE = 0
+"""Place of the batch's shape in a key."""
 STATE = 4
 """Place of the layer's state in a key: which adapters, which weights, what is trained."""
 
@@ -47,9 +51,29 @@ class Shared:
             some = torch.zeros((8, 8), dtype=torch.bfloat16, device=device)
             torch.mm(some, some)
         torch.cuda.current_stream(device).wait_stream(self.stream)
+        self._forget_batches()
+
+    def _forget_batches(self) -> None:
         self._tables: dict[Key, Tables] = {}
         self._sources: dict[Key, torch.Tensor] = {}
         self._down: dict[Key, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.batch, self._layer = 0, -1
+        self._late: Any = None
+
+    def pass_by(self, index: int) -> None:
+        """Layer `index` begins its forward: where that is not behind the one before, another batch does."""
+        if index <= self._layer:
+            self.batch, self._late = self.batch + 1, None
+        self._layer = index
+
+    def pool_of(self, late: bool) -> Any:
+        """Memory to record in: the common one, or, for whoever is late, one that is this batch's alone.
+
+        In the common one, what layers keep that were recorded before counts as free, and they write it in this batch.
+        """
+        if late and self._late is None:
+            self._late = torch.cuda.graph_pool_handle()
+        return self._late if late else self.pool
 
     def tables(self, key: Key, *tables: torch.Tensor) -> Tables:
         """The recorded place of the tables of angles and of attention's own, with this batch's in it."""
@@ -81,9 +105,11 @@ class Record:
 
     def __init__(
         self, layer: Layer, keep: Keep, shared: Shared, index: int, homes: dict[nn.Parameter, torch.Tensor],
-        dx_wanted: bool,
+        dx_wanted: bool, is_late: Callable[[], bool],
     ) -> None:  # fmt: skip
-        self.layer, self.keep, self.shared, self.index = layer, keep, shared, index
+        self.layer, self.keep, self.shared, self.index, self.is_late = layer, keep, shared, index, is_late
+        self.whole_since: int | None = None
+        """The batch in which its backward was recorded as well."""
         self.parameters, self.dx_wanted = trained(layer), dx_wanted
         self.pointers = [parameter.data_ptr() for parameter in self.parameters]
         self.entry: torch.Tensor | None = None
@@ -136,6 +162,7 @@ class Record:
                     self._homes[parameter] = torch.empty_like(parameter)
             self._into = self.shared.down(dout, self.index)
             self._record(self._backward, self._steps_backward)
+            self.whole_since = self.shared.batch
         for fused in self.layer.fused:
             fused.put_border()
         self._backward.replay()
@@ -165,7 +192,7 @@ class Record:
         self._broken = True  # until it is whole: the memory may be short
         stream.wait_stream(current)
         with torch.cuda.stream(stream), torch.no_grad(), torch.autocast("cuda", enabled=False):
-            graph.capture_begin(pool=self.shared.pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self.shared.pool_of(self.is_late()), capture_error_mode="thread_local")
             try:
                 launches()
             finally:
@@ -181,6 +208,8 @@ class Graphs:
         self._before = before
         self._index: int = 0 if before is None else before._index + 1
         self._made: list[Shared] = [] if before is None else before._made
+        self._chain: list[Graphs] = [] if before is None else before._chain
+        self._chain.append(self)
         self._records: dict[Key, Record] = {}
         self._latest: Record | None = None
         self._homes: dict[nn.Parameter, torch.Tensor] = {}
@@ -196,6 +225,8 @@ class Graphs:
 
     def ready(self, key: Key) -> Record | None:
         """The record of a shape, unless a batch is still on its way or the parameters moved."""
+        for shared in self._made:
+            shared.pass_by(self._index)
         record = self._records.get(key)
         if record is None or self._in_flight():
             return None
@@ -221,8 +252,9 @@ class Graphs:
         The pool is another one afterwards: somebody may still hold what is in this one.
         """
         self._made.clear()
-        for held in (self._records, self._seen, self._homes):
-            held.clear()  # type: ignore[attr-defined]
+        self._records.clear()
+        self._seen.clear()
+        self._homes = {}  # another one: a backward that is still to come looks into the old
         self._latest, self._flight = None, None
         self._forgot += 1
 
@@ -245,8 +277,18 @@ class Graphs:
         shared = self._made[0]
         layer.cos, layer.sin, *more = shared.tables(kind, layer.cos, layer.sin, *layer.attention.tables)
         layer.attention.tables = tuple(more)
-        record = self._records[key] = Record(layer, keep, shared, self._index, self._homes, dx_wanted)
+        is_late = partial(self._is_late, key[SHAPE], shared)
+        record = self._records[key] = Record(layer, keep, shared, self._index, self._homes, dx_wanted, is_late)
         return record
+
+    def _is_late(self, shape: torch.Size, shared: Shared) -> bool:
+        """Whether another layer was recorded for this shape in a batch before, and may be replayed in this one."""
+        others = (graphs._records.items() for graphs in self._chain if graphs is not self)
+        return any(
+            key[SHAPE] == shape and record.whole_since is not None and record.whole_since < shared.batch
+            for records in others
+            for key, record in records
+        )
 
     def replay(self, record: Record, hidden: torch.Tensor, tables: Tables, kind: Key) -> torch.Tensor:
         """The layer's output `[B, S, H]`, differentiable."""

@@ -1,7 +1,8 @@
 """A product with another matrix for each group of rows, and its gradients.
 
-On GPUs from sm_80 on, bf16 goes through PyTorch's grouped GEMM, one launch for all groups; everything else group by
-group, which costs a look at the groups' sizes from the host.
+On GPUs of sm_90 and sm_10x, bf16 goes through PyTorch's grouped GEMM, one launch for all groups; everything else group
+by group, which costs a look at the groups' sizes from the host. (On other GPUs PyTorch's own does that too, with a
+launch for empty groups as well.)
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+AT_ONCE = (9, 10)
+"""Major compute capabilities for which PyTorch has one kernel for all groups."""
 ALIGNED = 16
 """Bytes to which the grouped GEMM wants every row."""
 
@@ -69,7 +72,9 @@ def one_by_one(device: torch.device, dtype: torch.dtype) -> bool:
 
     Such a pass cannot be recorded, and one that is begun to be leaves torch's allocator in the middle of it.
     """
-    return device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0)
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return True
+    return torch.cuda.get_device_capability(device)[0] not in AT_ONCE
 
 
 def _at_once(*tensors: torch.Tensor) -> bool:

@@ -75,7 +75,7 @@ def fused(
         documents = documents.on(like.device)
         window = None if window is None or window >= documents.longest else window
     deterministic = torch.are_deterministic_algorithms_enabled()
-    plain = window is None and documents is None
+    plain = window is None and documents is None and like.shape[-2] > 1  # PyTorch asks cuDNN for no row of one token
     if plain and head_dim <= 128 and capability >= (9, 0) and not deterministic:
         return Cudnn(scale)
     return Flash(scale, window, documents)
