@@ -28,11 +28,16 @@ def _record(record: graphs.Record, graph: Again, launches: Any) -> None:
     POOLS.append((record.index, record.shared.pool_of(record.is_late())))
 
     def run() -> None:
-        out = record.out
+        out, grads = record.out, record.grads
         with torch.no_grad():
             launches()
+        # A graph writes where it wrote when it was recorded.
         if launches == record._steps_forward and out is not None:
-            record.out = out.copy_(record.out)  # a graph writes where it wrote when it was recorded
+            record.out = out.copy_(record.out)
+        if launches == record._steps_backward and grads:
+            record.grads = [
+                old if old is None else old.copy_(new) for old, new in zip(grads, record.grads, strict=True)
+            ]
 
     run()
     ran = [True]  # recording executes nothing on a GPU: the replay that follows stands for this run
