@@ -44,21 +44,31 @@ def _never_lost() -> Iterator[None]:
 
     From there no exception gets out (:func:`sys.unraisablehook`), so KeyboardInterrupt is raised again a moment later.
     """
-    before = sys.unraisablehook
+    before, later = sys.unraisablehook, threading.Timer(0, _interrupt)
 
     def again(unraisable: sys.UnraisableHookArgs) -> None:
-        if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            later = threading.Timer(0.01, _thread.interrupt_main)  # here it would be lost again
+        nonlocal later
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            before(unraisable)
+        elif not later.is_alive():
+            later = threading.Timer(0.01, _interrupt)  # here it would be lost again
             later.daemon = True
             later.start()
-        else:
-            before(unraisable)
 
     sys.unraisablehook = again
     try:
         yield
     finally:
+        later.cancel()
         sys.unraisablehook = before
+
+
+def _interrupt() -> None:
+    """Ctrl-C in the main thread, also while it sleeps or waits, where the system can do that."""
+    if hasattr(signal, "pthread_kill") and (main := threading.main_thread().ident):
+        signal.pthread_kill(main, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 @contextmanager
