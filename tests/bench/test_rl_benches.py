@@ -40,6 +40,7 @@ def test_both_sides_take_the_same_first_step(trainer: str, tmp_path: Path) -> No
     assert (tmp_path / "profile-dpo.txt").is_file() == (trainer == "dpo")
 
 
+@pytest.mark.slow
 def test_a_whole_step_on_nf4_writes_every_token(tmp_path: Path) -> None:
     done = run("grpo_whole.py", *TINY, "--memory", "least", out=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

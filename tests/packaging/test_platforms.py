@@ -97,6 +97,7 @@ def test_it_runs_without_triton(tmp_path: Path) -> None:
     assert "triton is not installed" in done.stderr
 
 
+@pytest.mark.slow
 def test_workers_can_be_spawned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows and macOS start data-loading workers anew, so all that they need must be picklable."""
     import ftcore

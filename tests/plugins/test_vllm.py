@@ -154,6 +154,7 @@ def test_a_longer_prompt_is_refused(engines: list[Any]) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["grpo", "ppo"])
 def test_a_run_learns_from_its_completions(engines: list[Any], in_tmp: Path, trainer: str) -> None:
     words = ["trainer.max_steps=2", "trainer.max_completion_length=6", "trainer.global_batch=4", "prompts=[]"]

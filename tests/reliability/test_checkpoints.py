@@ -116,6 +116,7 @@ def test_old_ones_go_only_once_the_new_one_is_good(saved: Path, tmp_path: Path) 
     assert (folder / "checkpoint-3").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("adapter=full",), ("+quantizer=bnb_nf4",), ("trainer.optimizer=adamw_8bit",)])
 def test_going_on_is_bit_exact(words: tuple[str, ...], tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -103,6 +103,7 @@ def test_at_random_passes(in_tmp: Path, seed: int) -> None:
     assert events() == [(4, 2), (2, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "measured"),
     [("sft", ("num_tokens", "entropy")), ("dpo", ("num_tokens", "rewards/margins")), ("orpo", ("nll_loss",))],

@@ -133,7 +133,9 @@ def test_every_trainer_has_a_row() -> None:
     assert sorted(TRAINERS) == sorted(installed().names("trainer"))
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize(
+    "trainer", [n if n in ("sft", "dpo", "grpo", "tts") else pytest.param(n, marks=pytest.mark.slow) for n in TRAINERS]
+)
 def test_a_run_that_goes_on_is_the_unbroken_run(trainer: str, tmp_path: Path) -> None:
     assert gone_on(tmp_path, words_of(trainer, tmp_path), 3) == {3: []}
 

@@ -216,6 +216,7 @@ def rates(folder: str) -> dict[int, float]:
     return {entry["step"]: entry["learning_rate"] for line in lines if "learning_rate" in (entry := json.loads(line))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed", [(), ("trainer.learning_rate=5e-2",), ("trainer.schedule=cosine",)], ids=["longer", "rate", "schedule"]
 )

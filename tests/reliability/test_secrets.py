@@ -103,6 +103,7 @@ def ftcore_export(plan, checkpoint):
 """
 
 
+@pytest.mark.slow
 def test_in_the_environment_and_in_an_error(in_tmp: Path) -> None:
     """A whole run with its exports and a tracker, which ends in a traceback with all of them in it."""
     (in_tmp / "hooks.py").write_text(HOOKS.format(names=list(CANARIES)))

@@ -116,6 +116,7 @@ def test_its_own_tests_pass(acme: Environment, tmp_path: Path) -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_selected_and_one_hook_overridden(acme: Environment, tmp_path: Path) -> None:
     """Model and exporter are acme's; the file of the user wraps one stage and answers another in their place."""
     (tmp_path / "mine.py").write_text(
