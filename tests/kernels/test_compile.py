@@ -135,7 +135,11 @@ SHARED = {75: 64, 80: 163, 86: 99, 90: 227}
         pytest.param(75, "float16", ["few"], id="75-float16-without products"),
         *(
             pytest.param(arch, dtype, [], id=f"{arch}-{dtype}", marks=pytest.mark.slow)
-            for arch, dtype in [(75, "float16"), (90, "bfloat16"), (80, "bfloat16"), (86, "bfloat16"), (90, "float32")]
+            for arch, dtype in zip(
+                (75, 80, 86, 86, 90, 90),
+                ("float16", "bfloat16", "bfloat16", "float32", "bfloat16", "float32"),
+                strict=True,
+            )
         ),
     ],
 )

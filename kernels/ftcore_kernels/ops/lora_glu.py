@@ -23,6 +23,8 @@ from ftcore_kernels.reference.lora_rope import Update
 
 # Few rows at a time, for registers, but many one after the other, for the factors of the update.
 _TOKENS, _COLUMNS, _STEPS = 16, 128, 8
+_WIDE = 110_000
+"""Bytes of shared memory that these take with factors of 32 bits and a rank above 32: A100 and H100 have them."""
 
 
 def lora_glu(gate_up: torch.Tensor, activation: Activation = "silu", update: Update | None = None) -> torch.Tensor:
@@ -89,8 +91,10 @@ def stages(update: Update | None) -> int:
 
 def columns(update: Update | None, device: torch.device) -> int:
     """Columns of a program: fewer where a high rank would not fit the shared memory."""
-    crowded = update is not None and update.b.shape[1] > 16 and _launch.shared_memory(device) < _launch.SMALL
-    return _COLUMNS // 4 if crowded else _COLUMNS
+    if update is None or update.b.shape[1] <= 16:
+        return _COLUMNS
+    wide = update.b.element_size() == 4 and update.b.shape[1] > 32
+    return _COLUMNS // 4 if _launch.shared_memory(device) < (_WIDE if wide else _launch.SMALL) else _COLUMNS
 
 
 def _arguments(gate_up, activation, update):
