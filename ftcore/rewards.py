@@ -29,7 +29,14 @@ Row = Mapping[str, Any]
 
 def text_of(completion: Any) -> str:
     """The words of a completion, which is a string or a list of messages."""
-    return completion if isinstance(completion, str) else "".join(str(m.get("content") or "") for m in completion)
+    return completion if isinstance(completion, str) else "".join(_words(m.get("content")) for m in completion)
+
+
+def _words(content: Any) -> str:
+    """Of a message's content: a text, or parts, some of which are texts."""
+    if isinstance(content, list):
+        return "".join(_words(part.get("text") if isinstance(part, Mapping) else part) for part in content)
+    return str(content or "")
 
 
 def one_by_one(name: str, score: Callable[[str, Row], float | None], weight: float = 1.0) -> Reward:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ftcore import hooks as h
 from ftcore.catalog import installed
+from ftcore.columns import renamed
 from ftcore.config import RunConfig
 from ftcore.defaults.check_data import check_rows
 from ftcore.defaults.checks import requirements, reward_functions
@@ -37,7 +38,8 @@ def main(argv: list[str]) -> int:
     plan = _plan(config)
     refuse([*requirements(plan), *reward_functions(plan), *_own_checks(plan)] or [*check_rows(plan)])
     rewards = guarded(Hooks.for_run(config, installed()).collect(h.ftcore_rewards, plan=plan), config.scoring)
-    rows = [convert(row) for path in sources(config.data.path) for row in _rows(path)]
+    columns = config.data.columns
+    rows = [convert(row) for path in sources(config.data.path) for row in _rows(path, columns) if check(row) is None]
     show(rows, rewards)
     return 0
 
@@ -103,11 +105,11 @@ def _own_checks(plan: Plan) -> Iterable[Problem]:
     return [problem for own in checks if own for problem in own(plan=plan)]
 
 
-def _rows(path: str) -> Iterable[Mapping[str, Any]]:
+def _rows(path: str, columns: Mapping[str, str]) -> Iterable[Mapping[str, Any]]:
     files = local_files(path)
     if files is None:
         raise Refused(Problem("data.path", f"there is no file {path}", "give a local file"))
-    return [row for file in files for _, row in iter_rows(file)]
+    return [row for file in files for _, row in renamed(iter_rows(file), columns)]
 
 
 def _mean(values: Iterable[float | None]) -> float:

@@ -17,6 +17,7 @@ from ftcore.parts import PARTS, parts_pattern
 from ftcore.vocabulary import trained_rows
 from ftcore_adapters import _loftq
 from ftcore_adapters._heads import TASKS, inside, new_modules
+from ftcore_adapters._saved import in_other_parts, of_another_task
 from ftcore_adapters._whole import prepare, whole_and_quantized, whole_in_16_bits
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
     elif config.path:
         found += _differences(config, Path(config.path) / "adapter_config.json", recorded=plan.run.run is not None)
         found += _untrained_rows(plan, Path(config.path) / "adapter_config.json")
+        found += _of_other_runs(plan, Path(config.path) / "adapter_config.json")
     known = plan.family.lora_targets + plan.family.lora_parameters
     if strange := [t for t in config.targets if t not in known]:
         found.append(
@@ -217,6 +219,13 @@ def _untrained_rows(plan: Plan, file: Path) -> Iterator[Problem]:
             "train them with a new adapter: on the same base, or on the merged model that +export=[safetensors] writes"
         )
         yield Problem("model.new_tokens", message, fix)
+
+
+def _of_other_runs(plan: Plan, file: Path) -> Iterator[Problem]:
+    """A saved adapter of another task, or of other parts than are asked for; that of the run itself is none."""
+    if plan.run.run is None and (saved := _read(file)) is not None:
+        yield from of_another_task(plan, saved, str(file.parent))
+        yield from in_other_parts(plan, saved, _modules(plan, _parameters(plan)), str(file.parent))
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -48,7 +48,7 @@ def ftcore_model_family() -> ModelFamily:
             Role("mlp", "Qwen3MLP"),
             Role("attention", "Qwen3Attention", frozenset({"qk_norm"})),
             Role("lm_head", "Qwen3ForCausalLM"),
-            Role("decoder_layer", "Qwen3DecoderLayer", frozenset({"qk_norm"})),
+            Role("decoder_layer", "Qwen3DecoderLayer", frozenset({"qk_norm", "sliding_window"})),
         ),
         lora_targets=LORA_TARGETS,
         tiny=TINY,

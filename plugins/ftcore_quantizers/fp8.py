@@ -61,18 +61,21 @@ def ftcore_quantize_model(plan: Plan, model: PreTrainedModel) -> PreTrainedModel
     from torch import nn
 
     from ftcore.report import note
+    from ftcore_adapters._heads import TASKS, new_modules
     from ftcore_kernels.layers.fp8_linear import Fp8Linear
 
     if plan.device.capability < (8, 9) or find_spec("triton") is None:
         needs = "fast products need triton and a GPU of compute capability 8.9"
         note(f"fp8: weights are unpacked for each product, which is smaller but not faster; {needs}")
     transposed = plan.config(Config).backward is Backward.fp8
+    # A new head is trained whole, and has no gradient in 8 bits.
+    whole = (*plan.family.frozen, *new_modules(model, TASKS.get(plan.family.auto_class, "CAUSAL_LM")))
     names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and name.rpartition(".")[2] in plan.family.lora_targets
-        and not name.startswith(tuple(f"{path}." for path in plan.family.frozen))
+        and not f"{name}.".startswith(tuple(f"{path}." for path in whole))
     ]
     for name in names:
         parent, _, child = name.rpartition(".")

@@ -19,6 +19,8 @@ class Config(RewardConfig):
     """Names of the parts, in their order; each stands once, with nothing but white space around it."""
     partial: bool = False
     """Give a completion of another layout the part of the tags that it has exactly once, times a half."""
+    opened: bool = False
+    """The chat template writes the first tag into the prompt, as those of Qwen3's thinking models do."""
 
 
 @hookimpl
@@ -35,7 +37,8 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
 def ftcore_rewards(plan: Plan) -> Sequence[Reward]:
     """One function, named `format` in the metrics."""
     config = plan.config(Config)
-    return [one_by_one("format", lambda text, _: score(text, config.tags, config.partial), config.weight)]
+    before = f"<{config.tags[0]}>" if config.opened else ""
+    return [one_by_one("format", lambda text, _: score(before + text, config.tags, config.partial), config.weight)]
 
 
 def score(text: str, tags: Sequence[str], partial: bool) -> float:

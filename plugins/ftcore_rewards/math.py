@@ -17,6 +17,8 @@ FINAL = "####"
 """Where a solution in GSM8K's style has its answer."""
 PROSE = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{2,}")
 """A word that is no command of LaTeX's."""
+UNIT = re.compile(r"\\(?:text|mbox|mathrm|textbf)\s*\{[^{}]*\}(?:\^\{?\d\}?)?")
+"""Words in a formula, such as a unit, which math-verify does not read."""
 
 
 @dataclass
@@ -62,4 +64,7 @@ def judged(text: str, tag: str) -> str:
 def as_answer(value: Any) -> str:
     """The answer marked as mathematics, so that `1/2` and `x + 1` are read whole; in words one is looked for."""
     text = str(value).rpartition(FINAL)[2].strip()
-    return text if "$" in text or "\\boxed" in text or PROSE.search(text) else f"${text}$"
+    if "$" in text or "\\boxed" in text:
+        return text
+    formula = UNIT.sub("", text).strip() or text
+    return text if PROSE.search(formula) else f"${formula}$"

@@ -329,6 +329,20 @@ def test_layers_need_no_dense_mask(family, kind, chosen, request) -> None:
     assert_close(loss, gradients, wanted, others)
 
 
+@pytest.mark.parametrize("kind", ["plain", "right"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_decoder_that_sees_both_ways_does_so_in_every_batch(family, kind) -> None:
+    """As embedding models made of decoders do, by their configs: without pads there is no mask that says so."""
+    plain, ours = pair(family)
+    data = {name: value.to(plain.device) for name, value in batch(kind).items()}
+    causal, _ = maths.loss_and_gradients(ours, data)
+    for model in (plain, ours):
+        model.config.is_causal = False
+    loss, gradients = maths.loss_and_gradients(ours, data)
+    assert_close(loss, gradients, *maths.loss_and_gradients(plain, data))
+    assert abs(float(loss) - float(causal)) > 1e-4
+
+
 @pytest.mark.parametrize("kind", ["plain", "packed", "right"])
 def test_a_soft_cap_needs_none_either(kind, monkeypatch) -> None:
     plain, ours = pair("gemma2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from ftcore.device import Device
 from ftcore.patching import BOUND, patch, unpatch
 from ftcore.specs import Phase
 from ftcore.testing import maths, runs
-from ftcore_kernels.layers.experts import products
+from ftcore_kernels.layers.experts import mixture, products
 from ftcore_kernels.layers.experts.weights import read
 from ftcore_kernels.sets._ops import TRITON, kernels
 
@@ -192,3 +193,17 @@ def test_the_activation_is_the_kernel_s(monkeypatch: pytest.MonkeyPatch) -> None
         calls.clear()
         patched(build(family, lora=False), family)(input_ids=torch.arange(3, 9, device=DEVICE)[None])
         assert calls, family
+
+
+def test_what_a_router_leaves_in_32_bits_weighs_so() -> None:
+    """As in transformers, where Mixtral's weights and DeepSeek's are float32 beside experts in bfloat16."""
+    torch.manual_seed(3)
+    base = SimpleNamespace(
+        gate_up_proj=torch.randn(4, 32, 16, dtype=torch.bfloat16),
+        down_proj=torch.randn(4, 16, 16, dtype=torch.bfloat16),
+    )
+    x, index, weights = torch.randn(9, 16, dtype=torch.bfloat16), torch.randint(0, 4, (9, 1)), torch.rand(9, 1)
+    alone = mixture(x, index, torch.ones(9, 1), base, {}, lambda gate, up: gate * up)
+    found = mixture(x, index, weights, base, {}, lambda gate, up: gate * up)
+    assert torch.equal(found, alone * weights)
+    assert not torch.equal(found, alone * weights.bfloat16().float())

@@ -186,3 +186,25 @@ def test_ftcores_own_optimizer_takes_them(
     model = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
     say_lost(replace(plan, device=device), model)
     assert ("changed by a step" in " ".join(capsys.readouterr().out.split())) == said
+
+
+def test_an_adapter_of_another_task_is_refused(tmp_path: Path) -> None:
+    """Its head would stay as it was drawn, or there would be none."""
+    saved = tmp_path / "saved"
+    runs.loaded(["+model=llama", "model.tiny=true", "+trainer=sft"]).model.save_pretrained(saved)  # type: ignore[operator]
+    words = ["+model=llama", "model.tiny=true", f"adapter.path='{saved}'"]
+    assert not runs.refusals([*words, "+trainer=dpo"])
+    (problem,) = runs.refusals([*words, "+trainer=reward"])
+    assert problem.key == "adapter.path"
+    assert "CAUSAL_LM" in problem.message
+    assert "merge it first" in problem.fix
+
+
+def test_a_saved_adapter_of_a_model_that_reads_images_keeps_its_parts(tmp_path: Path) -> None:
+    words, saved = ["+model=qwen2_vl", "model.tiny=true", "+trainer=sft", "data=images"], tmp_path / "saved"
+    runs.loaded(words).model.save_pretrained(saved)  # type: ignore[operator]
+    again = [*words, f"adapter.path='{saved}'"]
+    assert not runs.refusals(again)
+    for key, value in (("adapter.parts", "[language]"), ("adapter.targets", "[q_proj]")):
+        (problem,) = runs.refusals([*again, f"{key}={value}"])
+        assert problem.key == key

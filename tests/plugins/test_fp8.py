@@ -12,6 +12,7 @@ from torch import nn
 import ftcore
 from ftcore.merge import merged_weights
 from ftcore.patching import unpatch
+from ftcore.testing import runs
 from ftcore_kernels.layers.fp8_linear import Fp8Linear
 
 MODEL = ["+model=llama", "model.tiny=true"]
@@ -155,3 +156,13 @@ def test_what_needs_16_bit_weights_is_refused(in_tmp: Path, words: list[str], pr
 def test_the_head_can_be_trained_whole(in_tmp: Path) -> None:
     result = ftcore.run([*FP8, *TRAIN, "adapter.modules_to_save=[lm_head]"])
     assert result.metrics["eval_loss"] < result.metrics["eval_loss_before"]
+
+
+def test_a_new_head_is_trained_and_so_is_none() -> None:
+    loaded = runs.loaded(["+model=bert", "model.tiny=true", "+trainer=classify", "+quantizer=fp8"])
+    quantized = {name for name, module in loaded.model.named_modules() if isinstance(module, Fp8Linear)}
+    assert quantized
+    assert not any("pooler" in name or "classifier" in name for name in quantized)
+    pooler = [p for name, p in loaded.model.named_parameters() if "pooler" in name and p.requires_grad and p.ndim == 2]
+    assert pooler
+    assert all(p.dtype.itemsize > 1 for p in pooler)

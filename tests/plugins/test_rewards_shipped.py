@@ -11,6 +11,7 @@ import pytest
 import ftcore
 from ftcore import hooks as h
 from ftcore.cli import run as ftcore_command
+from ftcore.rewards import text_of
 from ftcore.testing import runs
 from ftcore_rewards._harmless import ARITHMETIC, FORMULAS, LITERALS, harmless
 
@@ -53,6 +54,9 @@ def test_math_judges_the_answer_and_not_the_thoughts() -> None:
         (r"\left( 3, \frac{\pi}{2} \right)", r"$(3, \frac{\pi}{2})$", "3"),
         ("So it is 72 km.", "72", "71"),
         (r"12 \text{ miles}", "12", "13"),
+        (r"2\sqrt{3} \text{ cm}", r"$2\sqrt{3}$", "2"),
+        (r"36\pi \text{ cm}^2", r"$36\pi$", "36"),
+        (r"\frac{3\pi}{4}\text{ cm}", r"$\frac{3\pi}{4}$", "3"),
     ],
 )
 def test_math_reads_the_row_s_answer_whole(answer: str, right: str, wrong: str) -> None:
@@ -65,6 +69,17 @@ def test_rewards_are_checked_on_renamed_columns(in_tmp: Path) -> None:
     assert runs.prepared([*words, "data.columns.answer=solution"])
     (problem,) = runs.refusals(words)
     assert problem.key == "reward.math.column"
+
+
+def test_a_first_tag_that_the_template_writes_is_not_asked_of_the_completion() -> None:
+    texts = ["a</think><answer>4</answer>", "<think>a</think><answer>4</answer>", "4"]
+    assert values("format", texts, "reward.format.opened=true") == [1, 0, 0]
+    assert values("format", texts) == [0, 1, 0]
+
+
+def test_a_completion_s_parts_are_its_words() -> None:
+    parts = [{"type": "text", "text": "4"}, {"type": "image"}, {"type": "text", "text": "2"}]
+    assert text_of([{"role": "assistant", "content": parts}, {"role": "assistant", "content": None}]) == "42"
 
 
 def test_format() -> None:
@@ -134,6 +149,16 @@ ANSWERS = [
     {"prompt": "2 + 3?", "completion": "It is \\boxed{5}.", "answer": "5"},
     {"messages": [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "6"}], "answer": "5"},
 ]
+
+
+def test_reward_command_judges_the_column_that_is_named(in_tmp: Path, capsys) -> None:
+    row = {"completion": "not meant", "output": "It is \\boxed{5}.", "solution": "5"}
+    Path("rows.jsonl").write_text(json.dumps(row))
+    words = ["data.path=rows.jsonl", "data.columns.completion=output", "data.columns.answer=solution"]
+    assert ftcore_command(["reward", "+reward=[math]", *words]) == 0
+    line = capsys.readouterr().out.splitlines()[1].split()
+    assert line[1] == "1"
+    assert "not" not in line
 
 
 def test_reward_command(in_tmp: Path, capsys) -> None:

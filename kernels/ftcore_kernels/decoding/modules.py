@@ -196,7 +196,8 @@ def _filled(tensor: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _scores(module: Any, scale: float, options: dict[str, Any]) -> Scores:
-    if any(options.get(name) is not None for name in UNKNOWN_OPTIONS) or getattr(module, "is_causal", True) is False:
+    both_ways = False in (options.get("is_causal"), getattr(module, "is_causal", True))
+    if any(options.get(name) is not None for name in UNKNOWN_OPTIONS) or both_ways:
         raise Uncovered(f"{type(module).__name__} is no causal attention, or has a bias")
     window, chunk, kind = options.get("sliding_window"), None, _kind(module)
     if kind == "chunked_attention":

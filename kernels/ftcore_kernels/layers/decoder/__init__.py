@@ -42,6 +42,7 @@ def forward(
     graphs, key, kind, tables = None, (), (getattr(module.self_attn, "layer_type", None),), ()
     cached = cache_in(kwargs) is not None
     plain = not cached and position_embeddings is not None and not kwargs.get("output_attentions")
+    plain = plain and kwargs.get("is_causal") is not False
     hooked = any(map(_has_foreign_hooks, structure.inner(module)))
     if plain and module.training and torch.is_grad_enabled() and not hooked:
         graphs = recompute.recording(hidden_states)
@@ -109,7 +110,8 @@ def fits(module: Any, role: Role, plan: Plan) -> str | None:
     name = activation_name(module.mlp)
     if name not in ACTIVATIONS:
         return f"has no kernel for the activation {name or 'of this MLP'}"
-    if getattr(config, "attention_dropout", 0.0) or getattr(config, "resid_pdrop", 0.0):
+    # Configs may name dropouts that their layers do not have.
+    if getattr(config, "attention_dropout", 0.0) or any(isinstance(m, nn.Dropout) and m.p for m in module.children()):
         return "has no dropout"
     adapter, quantizer = plan.run.adapter, plan.run.quantizer
     if quantizer is not None and quantizer.name not in QUANTIZERS:

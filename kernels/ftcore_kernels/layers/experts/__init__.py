@@ -54,7 +54,7 @@ def mixture(
     :param base: Has `gate_up_proj` `[E, 2 I, H]` and `down_proj` `[E, H, I]`.
     :param factors: LoRA on either, by name.
     :param activation: Of gate and up, `[S, I]` each.
-    :returns: `[T, H]`.
+    :returns: `[T, H]`, in the wider dtype of `x` and `weights`.
     """
     tokens, chosen = index.shape
     experts, order = index.reshape(-1).sort(stable=True)
@@ -64,7 +64,7 @@ def mixture(
     rows = x[order // chosen]
     gate, up = _projected(rows, base.gate_up_proj, factors.get("gate_up_proj"), ends).chunk(2, dim=-1)
     out = _projected(activation(gate, up), base.down_proj, factors.get("down_proj"), ends)
-    out = out * weights.reshape(-1)[order].to(out.dtype).unsqueeze(-1)
+    out = out * weights.reshape(-1)[order].unsqueeze(-1)  # in 32 bits where the router's weights are, as transformers
     back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
     return out[back].view(tokens, chosen, -1).sum(1)
 

@@ -43,8 +43,9 @@ def choose(
     if window is not None and window >= hidden.shape[1]:
         window = None
     name = module.config._attn_implementation
+    causal = module.is_causal if options.get("is_causal") is None else options["is_causal"]  # of the config, if there
     # No mask at all means plain causality to SDPA, and to eager attention that nothing is hidden.
-    if name in ("sdpa", *BASES) and module.is_causal and not (mask is None and name == EAGER):
+    if name in ("sdpa", *BASES) and causal and not (mask is None and name == EAGER):
         said, documents = reading(mask)
         if said and (mask is None or mask.window == window):
             if softcap is not None:  # no branches then: see `takes_branches`
