@@ -132,7 +132,7 @@ class Trained:
 
         self.case, self.plan, self.device = case, plan, device
         self.length, self.sequences = plan.run.trainer.max_length, sequences
-        tokenizer = SimpleNamespace(eos_token_id=None, pad_token_id=0)
+        tokenizer = SimpleNamespace(eos_token_id=None, pad_token_id=0, get_vocab=dict)
         self.model: Any = pipeline.load(hooks, plan, tokenizer).model.train()
         self.vocabulary = self.model.config.get_text_config().vocab_size
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
