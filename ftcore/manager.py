@@ -112,7 +112,7 @@ class Hooks:
         skipped: list[str] = []
         with ExitStack() as guards:
             for impl in getattr(self._pm.hook, _name(spec)).get_hookimpls():
-                if not (impl.wrapper or impl.hookwrapper):
+                if not is_wrapper(impl):
                     guards.enter_context(_guarded(impl, failed, skipped))
             try:
                 return self.collect(spec, *args, **kwargs), failed, skipped

@@ -55,7 +55,7 @@ def show(plan: Plan, model: Any, problems: Problems = no_problems) -> None:
     lines = [line(forecast, card, memory, rooms[memory]) for memory in ORDER]
     table(lines, header)
     note(f"  auto: {means(forecast, rows, length, rooms[Memory.auto])}; times as on a {card.name}")
-    if not any(fits(forecast, memory, rows, length, rooms[memory]) for memory in ORDER):
+    if not any(forecast.fits(memory, rows, length, rooms[memory]) for memory in ORDER):
         note(f"  none of these fits: {next_setting(forecast, room, problems)}")
 
 
@@ -80,15 +80,10 @@ def card_of(plan: Plan) -> Card:
     return of_size(size)
 
 
-def fits(forecast: Forecast, memory: Memory, rows: int, length: int, room: int) -> bool:
-    """Whether a micro-batch fits so many bytes of the GPU, and its inputs what the host has."""
-    return forecast.fits(memory, rows, length, room)
-
-
 def line(forecast: Forecast, card: Card, memory: Memory, room: int) -> Sequence[str]:
     """A row of the table."""
     rows, length = forecast.rows, forecast.length
-    peak, there = forecast.peak(memory, rows, length, room), fits(forecast, memory, rows, length, room)
+    peak, there = forecast.peak(memory, rows, length, room), forecast.fits(memory, rows, length, room)
     too_much = ", too much" if peak > room else ", too much for the host"
     said = f"{peak / 2**30:.1f} GiB" + ("" if there else too_much)
     longest, most = forecast.longest(memory, room), forecast.most_rows(memory, length, room)
@@ -155,7 +150,7 @@ def next_setting(forecast: Forecast, room: int, problems: Problems = no_problems
     for number in fewer:
         for index, other in enumerate(others):
             for memory in (Memory.least, Memory.offload):
-                if fits(other.forecast, memory, number, length, room) and runs(index):
+                if other.forecast.fits(memory, number, length, room) and runs(index):
                     words = (*other.words, f"memory={memory.value}")
                     return "set " + " ".join((*words, *([f"trainer.micro_batch={number}"] if number != rows else [])))
     last = next(others[index] for index in reversed(range(len(others))) if runs(index))
@@ -163,7 +158,7 @@ def next_setting(forecast: Forecast, room: int, problems: Problems = no_problems
     least = PROMPT + STEP if forecast.passes.written else STEP
     shorter = (_of_rows(last.forecast, n) for n in range(length // STEP * STEP, least - 1, -STEP))
     short = next(
-        (other for other in shorter if fits(other.forecast, Memory.offload, number, other.forecast.length, room)), None
+        (other for other in shorter if other.forecast.fits(Memory.offload, number, other.forecast.length, room)), None
     )
     if short is None:
         return "no setting of this model does; take a smaller model"

@@ -39,6 +39,12 @@ NEVER = frozenset({"trust_remote_code", "model_init_kwargs", "hub_token", "push_
 """Arguments of the libraries that would run a repository's code, or load or send a model past ftcore's own checks."""
 
 
+INSTEAD = {"chat_template_path": "write data.template"}
+"""Arguments for which ftcore has a key outside `trainer`."""
+LEFT_OUT = frozenset({"label_smoothing_factor"})
+"""Arguments that no key of ftcore's sets, where a trainer does not take them."""
+
+
 def check_arguments(plan: Plan) -> Iterator[Problem]:
     """`trainer.args` has names that the library knows, and none that ftcore's own keys set."""
     trainer = plan.trainer
@@ -48,10 +54,11 @@ def check_arguments(plan: Plan) -> Iterator[Problem]:
     for name in plan.run.trainer.args:
         key = f"trainer.args.{name}"
         if name in trainer.owned:
-            fix = f"write trainer.{name}" if hasattr(plan.run.trainer, name) else "leave it out"
+            fix = f"write trainer.{name}" if hasattr(plan.run.trainer, name) else INSTEAD.get(name, "leave it out")
+            message = "is no part of ftcore's losses here" if name in LEFT_OUT else "is set by ftcore's own keys"
             yield Problem(
                 key,
-                "is set by ftcore's own keys",
+                message,
                 f"{fix}; `ftcore plugins trainer/{plan.run.trainer.name}` lists them",
             )
         elif name in NEVER:

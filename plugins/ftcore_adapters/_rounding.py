@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ftcore import Plan
-from ftcore.config import Optimizer
 from ftcore.report import note
+from ftcore_kernels.optim.choice import serves
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +41,4 @@ def say_lost(plan: Plan, model: nn.Module) -> None:
 
 def _rounds_by_chance(plan: Plan) -> bool:
     """Whether the optimizer is the one of ftcore's kernels, which loses no step on average."""
-    assert plan.run.trainer is not None
-    eight_bit = plan.run.trainer.optimizer is Optimizer.adamw_8bit
-    return eight_bit and plan.device.kind == "cuda" and not {"auto", "triton"}.isdisjoint(plan.run.kernels)
+    return serves(plan) and not {"auto", "triton"}.isdisjoint(plan.run.kernels)

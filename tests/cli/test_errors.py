@@ -400,9 +400,11 @@ CASES = {
         f"{GRPO} +trainer.args.vllm_gpu_memory_utilization=0.9", CONFIG, "TRL's own way to vLLM", "generator=vllm"
     ),
     "smoothing-that-a-loss-leaves-out": wrong(
-        f"{TINY} +trainer=dpo +trainer.args.label_smoothing_factor=0.1", CONFIG, "label_smoothing_factor"
+        f"{TINY} +trainer=dpo +trainer.args.label_smoothing_factor=0.1", CONFIG, "is no part of ftcore's losses"
     ),
-    "template-of-trl": wrong(f"{SFT} +trainer.args.chat_template_path=x.jinja", CONFIG, "chat_template_path"),
+    "template-of-trl": wrong(
+        f"{SFT} +trainer.args.chat_template_path=x.jinja", CONFIG, "chat_template_path: is set", "write data.template"
+    ),
     "end-of-trl": wrong(f"{SFT} +trainer.args.eos_token='<x>'", CONFIG, "eos_token"),
     "repetition-penalty": wrong(
         f"{GRPO} trainer.args.repetition_penalty=0", CONFIG, "trainer.args.repetition_penalty: is 0", "above 0"

@@ -95,7 +95,7 @@ def test_weights_in_host_memory_have_to_fit_there() -> None:
     found = forecast(*words)
     for host, there in ((64.0, True), (1.0, False)):
         of = replace(found, plan=replace(found.plan, run=replace(found.plan.run, host_memory=host)))
-        assert planning.fits(of, Memory.offload, 1, 1024, free(80)) is there
+        assert of.fits(Memory.offload, 1, 1024, free(80)) is there
 
 
 def test_the_host_s_memory_is_named_where_it_is_what_is_short() -> None:
@@ -182,7 +182,7 @@ def test_where_nothing_fits_the_next_setting_is_named_and_fits(in_tmp, capsys) -
     answers = {}
     for part in (0.3, 0.8, 1.0, 1.2):
         room = int(part * fixed)
-        if not any(planning.fits(found, memory, found.rows, found.length, room) for memory in planning.ORDER):
+        if not any(found.fits(memory, found.rows, found.length, room) for memory in planning.ORDER):
             answers[part] = planning.next_setting(found, room)
     assert answers[0.3] == "no setting of this model does; take a smaller model"
     assert any("+quantizer=bnb_nf4" in answer for answer in answers.values())
@@ -192,7 +192,7 @@ def test_where_nothing_fits_the_next_setting_is_named_and_fits(in_tmp, capsys) -
             words = answer.removeprefix("set ").split()
             _, plan = runs.prepared([*QWEN, *LONG, "host_memory=64", "output_dir=nowhere", *said_but_memory(words)])
             again, memory = replace(found, plan=plan), Memory(dict(word.split("=") for word in words)["memory"])
-            assert planning.fits(again, memory, again.rows, again.length, int(part * fixed)), answer
+            assert again.fits(memory, again.rows, again.length, int(part * fixed)), answer
 
 
 def test_what_the_run_refuses_is_not_named(in_tmp, capsys) -> None:
@@ -209,13 +209,13 @@ def test_long_completions_are_what_is_to_be_shorter() -> None:
     words = ["+model=llama", "model.shape=llama3.2-1b", "model.dtype=bfloat16", "+trainer=grpo", "+reward=[length]"]
     words += ["trainer.global_batch=4", "trainer.micro_batch=1", "trainer.max_length=512"]
     found, room = forecast(*words, "trainer.max_completion_length=130000"), free(5)
-    assert not any(planning.fits(found, memory, 1, found.length, room) for memory in planning.ORDER)
+    assert not any(found.fits(memory, 1, found.length, room) for memory in planning.ORDER)
     said = planning.next_setting(found, room).removeprefix("set ").split()
     assert [word.partition("=")[0] for word in said][-1] == "trainer.max_completion_length"
     _, plan = runs.prepared([*words, "host_memory=64", "output_dir=nowhere", *said_but_memory(said)])
     again = replace(found, plan=plan, passes=plan.trainer.passes)
     assert 256 < again.length < found.length
-    assert planning.fits(again, Memory.offload, 1, again.length, room)
+    assert again.fits(Memory.offload, 1, again.length, room)
 
 
 def said_but_memory(words: list[str]) -> list[str]:

@@ -20,12 +20,8 @@ def optimizer(plan: Plan, model: torch.nn.Module) -> torch.optim.Optimizer | Non
     Weights of bfloat16 are rounded by chance, from the run's seed, so that steps at low rates are not lost.
     """
     trainer = plan.run.trainer
-    if trainer is None or trainer.optimizer is not Optimizer.adamw_8bit:
+    if trainer is None or not serves(plan):
         return None
-    if plan.device.kind != "cuda" or plan.device.capability < (7, 0) or importlib.util.find_spec("triton") is None:
-        return None
-    if any(trainer.args.get(name) for name in ("optim_args", "optim_target_modules")):
-        return None  # what only bitsandbytes knows
     from ftcore_kernels.optim.adamw_8bit import AdamW8bit
 
     betas = (float(trainer.args.get("adam_beta1", 0.9)), float(trainer.args.get("adam_beta2", 0.999)))
@@ -36,3 +32,14 @@ def optimizer(plan: Plan, model: torch.nn.Module) -> torch.optim.Optimizer | Non
         eps=float(trainer.args.get("adam_epsilon", 1e-8)),
         rounding=trainer.seed,
     )
+
+
+def serves(plan: Plan) -> bool:
+    """Whether a run that has a kernel set with this optimizer gets it."""
+    trainer = plan.run.trainer
+    if trainer is None or trainer.optimizer is not Optimizer.adamw_8bit:
+        return False
+    if plan.device.kind != "cuda" or plan.device.capability < (7, 0) or importlib.util.find_spec("triton") is None:
+        return False
+    # What only bitsandbytes knows.
+    return not any(trainer.args.get(name) for name in ("optim_args", "optim_target_modules"))
