@@ -39,7 +39,7 @@ def test_a_fallback_in_training_is_said_once(capsys) -> None:
 def test_hooks_inside_a_layer_are_called(family: str, place: str, capsys) -> None:
     """As somebody who probes or steers wants it; transformers' own forward calls the modules, the kernel does not."""
     uncovered.say.cache_clear()
-    model, _ = ftcore.load([f"+model={family}", "model.tiny=true"])
+    model, _ = ftcore.load([f"+model={family}", "model.tiny=true", "model.dtype=float32"])
     ids, calls = torch.arange(12).view(1, 12).to(model.device), list[str]()
     layer = model.get_base_model().model.layers[1]
     plain = model.train()(input_ids=ids, labels=ids).loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -24,17 +25,36 @@ POOLS: list[tuple[int, Any]] = []
 """Layer and memory of each recording since the test began."""
 
 
+class Handle:
+    """What the allocator knows of a pool: its graphs."""
+
+    def __init__(self) -> None:
+        self._graphs: list[weakref.ref[Again]] = []
+
+    def take(self, graph: Again) -> None:
+        """As the allocator does it while a part of the memory is held: never again after the last graph is gone."""
+        assert not self._graphs or any(graph() is not None for graph in self._graphs), "use_count > 0"
+        self._graphs.append(weakref.ref(graph))
+
+
 def _record(record: graphs.Record, graph: Again, launches: Any) -> None:
-    POOLS.append((record.index, record.shared.pool_of(record.is_late())))
+    pool = record.shared.pool_of(record.is_late()).handle(graph)
+    pool.take(graph)
+    POOLS.append((record.index, pool))
+
+    forward, whole = launches == record._steps_forward, weakref.WeakMethod(launches)  # a graph keeps no record alive
 
     def run() -> None:
+        launch = whole()
+        assert launch is not None
+        record = launch.__self__
         out, grads = record.out, record.grads
         with torch.no_grad():
-            launches()
+            launch()
         # A graph writes where it wrote when it was recorded.
-        if launches == record._steps_forward and out is not None:
+        if forward and out is not None:
             record.out = out.copy_(record.out)
-        if launches == record._steps_backward and grads:
+        if not forward and grads:
             record.grads = [
                 old if old is None else old.copy_(new) for old, new in zip(grads, record.grads, strict=True)
             ]
@@ -46,8 +66,7 @@ def _record(record: graphs.Record, graph: Again, launches: Any) -> None:
 
 class Shared(graphs.Shared):
     def __init__(self, device: torch.device) -> None:
-        self.pool = object()
-        self._forget_batches()
+        self._begin()
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +77,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs.Record, "_record", _record)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Again)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", Handle)
     POOLS.clear()
     monkeypatch.setattr(attention.Differentiated, "recordable", True)
 

@@ -25,6 +25,7 @@ from ftcore_kernels.layers.decoder.gradients import Gradients
 from ftcore_kernels.layers.decoder.keep import Keep
 from ftcore_kernels.layers.decoder.packing import pack
 from ftcore_kernels.layers.decoder.parts import Kept, Layer
+from ftcore_kernels.layers.decoder.pools import Pool
 
 SEEN_BEFORE = 2
 """Times a shape runs as usual first."""
@@ -44,21 +45,21 @@ class Shared:
     """What the layers of a model share: memory, a stream to record on, tables of the batch, gradients going down."""
 
     def __init__(self, device: torch.device) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
         with torch.cuda.stream(self.stream):
             # cuBLAS takes a workspace for each stream, which must not come from the pool of a graph.
             some = torch.zeros((8, 8), dtype=torch.bfloat16, device=device)
             torch.mm(some, some)
         torch.cuda.current_stream(device).wait_stream(self.stream)
-        self._forget_batches()
+        self._begin()
 
-    def _forget_batches(self) -> None:
+    def _begin(self) -> None:
+        self._pool = Pool()
         self._tables: dict[Key, Tables] = {}
         self._sources: dict[Key, torch.Tensor] = {}
         self._down: dict[Key, tuple[torch.Tensor, torch.Tensor]] = {}
         self.batch, self._layer = 0, -1
-        self._late: Any = None
+        self._late: Pool | None = None
 
     def pass_by(self, index: int) -> None:
         """Layer `index` begins its forward: where that is not behind the one before, another batch does."""
@@ -66,14 +67,15 @@ class Shared:
             self.batch, self._late = self.batch + 1, None
         self._layer = index
 
-    def pool_of(self, late: bool) -> Any:
+    def pool_of(self, late: bool) -> Pool:
         """Memory to record in: the common one, or, for whoever is late, one that is this batch's alone.
 
         In the common one, what layers keep that were recorded before counts as free, and they write it in this batch.
         """
-        if late and self._late is None:
-            self._late = torch.cuda.graph_pool_handle()
-        return self._late if late else self.pool
+        if not late:
+            return self._pool
+        self._late = self._late or Pool()
+        return self._late
 
     def tables(self, key: Key, *tables: torch.Tensor) -> Tables:
         """The recorded place of the tables of angles and of attention's own, with this batch's in it."""
@@ -192,7 +194,8 @@ class Record:
         self._broken = True  # until it is whole: the memory may be short
         stream.wait_stream(current)
         with torch.cuda.stream(stream), torch.no_grad(), torch.autocast("cuda", enabled=False):
-            graph.capture_begin(pool=self.shared.pool_of(self.is_late()), capture_error_mode="thread_local")
+            pool = self.shared.pool_of(self.is_late()).handle(graph)
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 launches()
             finally:
