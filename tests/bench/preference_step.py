@@ -2,6 +2,7 @@
 
     python tests/bench/preference_step.py --ahead
     python tests/bench/preference_step.py --trainers dpo --memory least --profile
+    python tests/bench/preference_step.py --trainers grpo --sides ftcore --memory least --shared
 
 Random weights of a real shape, LoRA on all that the family declares, rows of letters that are exactly so many tokens
 long, which TRL tokenizes itself on both sides. GRPO's completions and rewards are given and the same on both sides, so
@@ -28,8 +29,8 @@ from stepbench import processes, profiling
 from stepbench.table import line, machine
 from stepbench.works import Work
 
-Job = tuple[str, str, str, str]
-"""Trainer, side, memory, label."""
+Job = tuple[str, str, str, bool, str]
+"""Trainer, side, memory, whether prompts are read once, label."""
 
 
 def main(words: list[str]) -> int:
@@ -48,12 +49,12 @@ def main(words: list[str]) -> int:
     for process in waiting:
         process.ready()
     results: dict[str, table.Results] = {trainer: {} for trainer in works}
-    for trainer, side, memory, label in planned:
+    for trainer, side, memory, shared, label in planned:
         if not results[trainer]:
             print(works[trainer].title(), flush=True)
         start = time.monotonic()
         process = waiting.pop(0) if waiting else processes.Process(side, found.device, script=script)
-        work = replace(works[trainer], memory=within(memory, results[trainer].get("trl")))
+        work = replace(works[trainer], memory=within(memory, results[trainer].get("trl")), shared=shared)
         result = {**process.run(work.text(), found.limit), "memory": work.memory}
         results[trainer][label] = {**result, "seconds": time.monotonic() - start}
         print(line(label, results[trainer][label]), flush=True)
@@ -71,10 +72,11 @@ def main(words: list[str]) -> int:
 def jobs(found: Any) -> list[Job]:
     """TRL's side first, because ftcore's memory may be a part of its; ftcore's once for each memory setting."""
     return [
-        (trainer, side, memory, f"ftcore {memory}" if side == "ftcore" else side)
+        (trainer, side, memory, shared, f"ftcore {memory}{' shared' * shared}" if side == "ftcore" else side)
         for trainer in found.trainers.split(",")
         for side in sorted(found.sides.split(","), reverse=True)
         for memory in (found.memory.split(",") if side == "ftcore" else [""])
+        for shared in ((False, True) if found.shared and (trainer, side) == ("grpo", "ftcore") else (False,))
     ]
 
 

@@ -13,6 +13,7 @@ import grpo_whole
 import preference_step
 import pytest
 from rlbench import alike, growth, learning, options, rows, table
+from rlbench.sides import ftcore as ftcore_side
 from rlbench.whole import Steps
 from test_benches import run
 
@@ -80,6 +81,18 @@ def test_rewards_of_every_seed_are_read(trainer: str, tmp_path: Path) -> None:
     assert set(kept["runs"]["0"]["rewards"]) == ({"1", "2"} if trainer == "grpo" else {"1"})
     assert kept["ftcore"][-1] == "data.size=50"
     assert sum(word.startswith("data.size=") for word in kept["ftcore"]) == 1
+
+
+def test_grpo_also_shares_its_prompts_where_that_is_asked() -> None:
+    words = [*TINY, "--trainers", "dpo,grpo", "--memory", "least,auto"]
+    labels: dict[str, list[str]] = {"dpo": [], "grpo": []}
+    for trainer, _, memory, shared, label in preference_step.jobs(options.arguments([*words, "--shared"], None)):
+        labels[trainer].append(label)
+        job = replace(work(trainer), memory=memory, shared=shared)
+        said = "trainer.share_prompts=true" in ftcore_side.overrides(job, "run")
+        assert said == shared == label.endswith(" shared")
+    assert labels["dpo"] == ["trl", "ftcore least", "ftcore auto"]
+    assert labels["grpo"] == ["trl", "ftcore least", "ftcore least shared", "ftcore auto", "ftcore auto shared"]
 
 
 def work(trainer: str, **changes: Any) -> Any:

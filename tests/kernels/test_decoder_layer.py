@@ -267,10 +267,13 @@ def test_each_level_keeps_what_it_says(family, dtype) -> None:
     again = [level.again for level in levels]
     assert again == sorted(again, reverse=True)
     assert again[-1] == 0
-    unkept = [0, 4 * 4 * rows * length, 0, 0, 0]  # the sums of attention's softmax: fp32, 4 heads
+    # The sums of attention's softmax: fp32, 4 heads. FlashAttention keeps them, and two numbers for dropout.
+    flash = DEVICE.type == "cuda" and dtype == torch.bfloat16
+    unkept = [0, 0 if flash else 4 * 4 * rows * length, 0, 0, 0]
     for level in range(1, LEVELS):
         said = levels[level].kept - levels[level - 1].kept - unkept[level]
-        assert alive[level] - alive[level - 1] == pytest.approx(2 * said, rel=0.02)
+        numbers = 2 * 2 * 512 if flash and level == 1 else 0  # in the allocator's smallest blocks
+        assert alive[level] - alive[level - 1] == pytest.approx(2 * said, rel=0.02, abs=numbers)
 
 
 # What is left alone ------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def work(found: argparse.Namespace, trainer: str) -> TrainerWork:
     shared = {name: getattr(found, name) for name in TrainerWork.__dataclass_fields__ if hasattr(found, name)}
     rows = 2 * found.pairs if trainer == "dpo" and found.pairs else found.rows
     fixed = {"quantizer": "none", "recompute": True, "optimizer": "adamw"}
-    return TrainerWork(**{**shared, **fixed, "rows": rows, "trainer": trainer, "memory": ""})
+    return TrainerWork(**{**shared, **fixed, "rows": rows, "trainer": trainer, "memory": "", "shared": False})
 
 
 def _parser(about: str | None) -> argparse.ArgumentParser:
@@ -57,6 +57,7 @@ def _parser(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--limit", type=float, default=150, help="seconds for each side of each trainer")
+    parser.add_argument("--shared", action="store_true", help="ftcore's GRPO also with prompts that are read once")
     parser.add_argument("--ahead", action="store_true", help="let all sides import their packages at once, in advance")
     parser.add_argument("--profile", action="store_true", help="the kernels of one more pass forward and backward")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -20,6 +20,8 @@ class TrainerWork(Work):
     """ftcore's, where completions are not given."""
     prompts: int = 1
     """Prompts of a GRPO step; its rows are their completions."""
+    shared: bool = False
+    """Whether ftcore reads GRPO's prompts once for all their completions."""
     budget: float = 0.0
     """Seconds of whole GRPO steps after which a side makes no more, once one is timed; 0: it makes them all."""
 

@@ -41,6 +41,7 @@ def overrides(work: TrainerWork, scratch: str) -> list[str]:
             f"trainer.num_generations={work.group}",
             f"trainer.max_completion_length={work.length - work.prompt}",
             f"generator={work.generator}",
+            f"trainer.share_prompts={str(work.shared).lower()}",
         ],
     }[work.trainer]
     return [
