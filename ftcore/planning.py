@@ -54,7 +54,8 @@ def show(plan: Plan, model: Any, problems: Problems = no_problems) -> None:
     rooms = {memory: allowed(plan, room) if memory is Memory.auto else room for memory in ORDER}
     lines = [line(forecast, card, memory, rooms[memory]) for memory in ORDER]
     table(lines, header)
-    note(f"  auto: {means(forecast, rows, length, rooms[Memory.auto])}; times as on a {card.name}")
+    bits = "" if forecast.width < 4 else ", in 16 bits: float32 takes several times as long"
+    note(f"  auto: {means(forecast, rows, length, rooms[Memory.auto])}; times as on a {card.name}{bits}")
     if not any(forecast.fits(memory, rows, length, rooms[memory]) for memory in ORDER):
         note(f"  none of these fits: {next_setting(forecast, room, problems)}")
 

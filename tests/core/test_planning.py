@@ -158,7 +158,8 @@ def test_a_named_card_brings_its_memory_and_its_pace(in_tmp, capsys) -> None:
     assert "Memory of a GPU of 14.5 GiB" in out
     fast, out = said(capsys, "gpu=H100", "gpu_memory=14.5", "host_memory=64")
     assert "Memory of a GPU of 14.5 GiB" in out
-    assert "times as on a H100 SXM" in out
+    assert "times as on a H100 SXM\n" in out
+    assert "float32 takes several times as long" in said(capsys, "gpu=H100", "model.dtype=float32")[1]
     assert [line[:3] for line in slow] == [line[:3] for line in fast]
     rates = [[float(line[6].strip("~ ").replace(",", "")) for line in lines] for lines in (slow, fast)]
     assert all(4 * a < b for a, b in zip(*rates, strict=True))
