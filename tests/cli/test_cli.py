@@ -29,7 +29,7 @@ def seconds(command: list[str], cwd: Path, runs: int = 5) -> float:
 
 
 def test_help_says_what_where_and_how(ftcore_cli) -> None:
-    for words in ((), ("--help",), ("help",)):
+    for words in ((), ("--help",), ("help",), ("plan", "--help"), ("+model=smollm2", "-h")):
         done = ftcore_cli(*words)
         assert done.returncode == 0
         assert done.stdout.count("  ftcore ") >= 3, "three examples"
