@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ftcore.catalog import nearest
@@ -35,6 +36,8 @@ def explain_grammar(text: str, error: Exception) -> Refused:
     if text != f"{key}={value}":
         return Refused(Problem(key.lstrip("+~"), f"has spaces around the `=`: {text}", f"write {key}={value}"))
     fix = f"quote it: {quoted(key, value)}"
+    if value.startswith("~"):
+        fix = f"the shell leaves this ~ as it is: write {key}={Path(value).expanduser()}"
     if value.startswith("[") and value.count("[") != value.count("]"):
         fix = "close every bracket, and quote the whole word for the shell"
     return Refused(Problem(key.lstrip("+~"), f"cannot be read: {text}", fix))

@@ -41,6 +41,11 @@ def test_help_says_what_where_and_how(ftcore_cli) -> None:
     assert ftcore_cli("--version").stdout.strip() == f"ftcore {ftcore.__version__}"
 
 
+def test_a_plan_of_rows_that_are_not_counted_says_so(ftcore_cli) -> None:
+    words = ("+model=llama", "model.tiny=true", "+trainer=sft", "trainer.max_steps=1", "data.streaming=true")
+    assert "shipped sample as messages, its rows are known once it is read\n" in ftcore_cli("plan", *words).stdout
+
+
 def test_help_imports_nothing_heavy(in_tmp: Path) -> None:
     code = (
         "import sys, ftcore.cli\nftcore.cli.run(['--help'])\n"

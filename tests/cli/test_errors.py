@@ -687,6 +687,8 @@ CASES = {
         f"{SFT} 'prompts=[What, (this)?]'", CONFIG, "prompts", """'prompts=["What","(this)?"]'"""
     ),
     "grammar-equals": wrong(f"{SFT} data.path=a=b.jsonl", CONFIG, "data.path", """'data.path="a=b.jsonl"'"""),
+    "grammar-home": wrong(f"{SFT} data.path=~/a.jsonl", CONFIG, "data.path", "write data.path=/", "/a.jsonl"),
+    "key-begun": wrong(f"{SFT} sampling.temp=1", CONFIG, "sampling.temp", "did you mean sampling.temperature?"),
     "grammar-comma": wrong(
         f"{SFT} data.path=a,b.jsonl", CONFIG, "data.path", """'data.path="a,b.jsonl"'""", "-m for a sweep"
     ),
