@@ -139,8 +139,10 @@ def installed() -> Catalog:
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """The word that was probably meant."""
-    found = get_close_matches(word, list(words), n=1, cutoff=0.6)
+    """The word that was probably meant: the only one that begins so, or else the one most like it."""
+    known = list(words)
+    begun = [one for one in known if len(word) > 2 and one.startswith(word)]
+    found = begun if len(begun) == 1 else get_close_matches(word, known, n=1, cutoff=0.6)
     return found[0] if found else None
 
 

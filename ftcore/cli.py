@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import takewhile
 
 TASKS = {
     "train": "train, evaluate and export (the default)",
@@ -58,6 +59,11 @@ def run(argv: list[str]) -> int:
             print(f"ftcore {__version__}")
             return 0
         task, rest = split_task(argv)
+        if task not in PLAIN and {"-h", "--help"} & {*rest}:
+            from ftcore.tasks.help import show_help
+
+            show_help(TASKS)
+            return 0
         module = importlib.import_module(f"ftcore.tasks.{task}")
         quiet()
         os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra re-raises, and the message is ours
@@ -128,16 +134,19 @@ def _meant(argv: list[str], index: int) -> str:
     """The fix for a word that is no task: a task, a key without its value, or the rest of a value with spaces."""
     from ftcore.catalog import nearest
     from ftcore.config import KINDS
+    from ftcore.explanations import quoted
     from ftcore.overrides import RUN_KEYS
 
     word, before = argv[index], argv[index - 1] if index else ""
+    if before.endswith("=") and (key := argv[index - 2] if before == "=" and index > 1 else before[:-1]):
+        return f"write {key}={word}, without spaces"
     if word.partition(".")[0] in RUN_KEYS:
         plus = "+" if word in KINDS else ""
         return f"write {plus}{word}=VALUE, without spaces"
     if near := nearest(word, TASKS):
         return f"did you mean `ftcore {near}`?"
     if "=" in before:
-        key, _, value = before.partition("=")
-        words = '["two words"]' if value.startswith("[") else '"two words"'
-        return f"quote a value that has spaces: '{key}={words}'"
+        rest = takewhile(lambda word: "=" not in word and word[:1] not in "+-", argv[index:])
+        key, _, value = " ".join([before, *rest]).partition("=")
+        return f"quote a value that has spaces: {quoted(key, value)}"
     return f"tasks: {', '.join(TASKS)}"

@@ -138,6 +138,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | None = None) -> Dic
     Raises Refused for anything that is unknown, misspelt or of the wrong type.
     """
     parsed = parse(overrides)
+    refuse([_of_sweeps(override) for override in parsed if of_hydra(override)])
     check_overrides(parsed, installed(), recorded=_recorded(parsed) is not None)
     if config_dir or any(str(override.key_or_group) in GROUPS for override in parsed):
         foreign_yaml.check(config_dir)
@@ -180,6 +181,17 @@ def hydra_overrides(parsed: Sequence[Override]) -> list[str]:
     return texts
 
 
+def of_hydra(override: Override) -> bool:
+    """Whether a key is Hydra's own, which only its own application reads."""
+    return re.split(r"[./]", str(override.key_or_group))[0] == "hydra"
+
+
+def _of_sweeps(override: Override) -> Problem:
+    key = str(override.key_or_group)
+    fix = f"write output_dir={str(override.input_line).partition('=')[2]}" if key == "hydra.run.dir" else "leave it out"
+    return Problem(key, "is for sweeps, which -m makes; nothing else reads it", fix)
+
+
 def _from_hydra(overrides: list[str], config_dir: str | None) -> DictConfig:
     register()
     if config_dir is not None:
@@ -214,18 +226,19 @@ def _recorded(parsed: Sequence[Override]) -> Path | None:
         raise Refused(Problem("run", "is empty", "name a run folder; `ftcore runs` lists them"))
     path = Path(runs[-1]) / RECORD
     if not path.is_file():
-        raise Refused(
-            Problem("run", f"{runs[-1]} holds no {RECORD}", "`ftcore runs` lists the run folders", Exit.MISSING_INPUT)
-        )
+        inside = min(Path(runs[-1]).glob(f"*/{RECORD}"), default=None)
+        fix = f"name one of the runs in it: run={inside.parent}" if inside else "`ftcore runs` lists the run folders"
+        raise Refused(Problem("run", f"{runs[-1]} holds no {RECORD}", fix, Exit.MISSING_INPUT))
     return path
 
 
 def _from_record(path: Path, parsed: Sequence[Override]) -> DictConfig:
     config = OmegaConf.structured(RunConfig)
     recorded = OmegaConf.load(path)
-    assert isinstance(recorded, DictConfig)
     config_guard.check_values(recorded)  # taking a value over resolves it
     try:
+        if not isinstance(recorded, DictConfig) or not recorded:
+            raise TypeError("it holds no settings")
         _fill(config, recorded)
     except (AttributeError, TypeError, KeyError) as error:
         fix = "the run folder is damaged, or none; `ftcore runs` lists the run folders"

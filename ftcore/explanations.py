@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ftcore.catalog import nearest
@@ -34,15 +35,23 @@ def explain_grammar(text: str, error: Exception) -> Refused:
         )
     if text != f"{key}={value}":
         return Refused(Problem(key.lstrip("+~"), f"has spaces around the `=`: {text}", f"write {key}={value}"))
-    if value.startswith("[") and value.endswith("]"):
-        items = [item.strip().strip("\"'") for item in value[1:-1].split(",")]
-        quoted = "[" + ",".join(f'"{item}"' for item in items) + "]"
-    else:
-        quoted = '"' + value.strip("\"'") + '"'
-    fix = f"quote it: {shlex.quote(f'{key}={quoted}')}"
+    fix = f"quote it: {quoted(key, value)}"
+    if value.startswith("~"):
+        fix = f"the shell leaves this ~ as it is: write {key}={Path(value).expanduser()}"
     if value.startswith("[") and value.count("[") != value.count("]"):
         fix = "close every bracket, and quote the whole word for the shell"
     return Refused(Problem(key.lstrip("+~"), f"cannot be read: {text}", fix))
+
+
+def quoted(key: str, value: str) -> str:
+    """A setting as the shell and Hydra's grammar take it, whatever stands in its value."""
+    if value.startswith("[") and value.endswith("]"):
+        items = [item.strip().strip("\"'") for item in value[1:-1].split(",")]
+        plain = all(re.fullmatch(r"[\w./-]+", item) for item in items)
+        value = f"[{','.join(items)}]" if plain else "[" + ",".join(f'"{item}"' for item in items) + "]"
+    else:
+        value = '"' + value.strip("\"'") + '"'
+    return shlex.quote(f"{key}={value}")
 
 
 def explain(error: Exception, overrides: Sequence[str]) -> FtcoreError:

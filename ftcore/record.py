@@ -21,6 +21,7 @@ from ftcore.config import RunConfig
 from ftcore.drift import fingerprints
 from ftcore.errors import Exit, FtcoreError
 from ftcore.locks import held
+from ftcore.patching import INSIDE
 from ftcore.paths import claim_run_dir, whole_folder
 from ftcore.specs import KeepsBeside, Loaded, PatchReport, Plan, RunResult, TrainReport
 
@@ -106,7 +107,7 @@ class RunFolder:
         counts = patches.counts()
         text = ", ".join(f"{kernel} on {count}" for (_, kernel), count in counts.items()) or "none"
         report.note(f"kernels: {text}")
-        for skip in patches.skipped:
+        for skip in (skip for skip in patches.skipped if skip.reason != INSIDE):  # a kernel computes these as well
             report.note(f"  no kernel for {skip.role} ({skip.module}): {skip.reason}")
 
     def save_trained(self, loaded: Loaded, trainer: Any) -> None:

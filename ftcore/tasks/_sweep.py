@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ftcore import config_guard, foreign_yaml, pipeline
 from ftcore.catalog import installed
-from ftcore.composition import CONF_MODULE, CONFIG_NAME, compose, hydra_overrides, parse, register, typed
+from ftcore.composition import CONF_MODULE, CONFIG_NAME, compose, hydra_overrides, of_hydra, parse, register, typed
 from ftcore.errors import Problem, Refused
 from ftcore.explanations import explain
 from ftcore.overrides import check_overrides
@@ -44,6 +44,9 @@ def through_hydra(argv: Sequence[str]) -> None:
     flags, words = split_flags(words)
     parsed = parse(words)
     foreign_yaml.check(folder)
+    if any(override.key_or_group == "run" for override in parsed):
+        fix = f"leave out {flags[0]}, or write the settings without run="
+        raise Refused(Problem("run", f"names a recorded run, which {flags[0]} does not read", fix))
     check_overrides(parsed, installed(), recorded=False)
     swept = any(override.is_sweep_override() for override in parsed)
     for override in parsed:
@@ -101,8 +104,8 @@ def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def single_runs(parsed: Sequence[Override]) -> list[list[str]]:
-    """Each swept value once, with the first value of every other sweep."""
-    values = [_values(override) for override in parsed]
+    """Each swept value once, with the first value of every other sweep; without what is Hydra's own."""
+    values = [_values(override) for override in parsed if not of_hydra(override)]
     firsts = [options[0] for options in values]
     others = [(i, option) for i, options in enumerate(values) for option in options[1:]]
     return [firsts, *([*firsts[:i], option, *firsts[i + 1 :]] for i, option in others)]

@@ -43,7 +43,9 @@ def main(argv: list[str]) -> int:
     loaded = pipeline.load(hooks, plan)
     writes = getattr(loaded.model, "can_generate", None)
     if (writes is not None and not writes()) or plan.family.auto_class in OF_SOUND:
-        message = f"{plan.family.auto_class} writes no text"
+        hears = plan.family.auto_class == "AutoModelForSpeechSeq2Seq"
+        what = "hears recordings, and is not asked in words" if hears else "writes no text"
+        message = f"{plan.family.auto_class} {what}"
         raise Refused(Problem("run", message, "use the trained folder with transformers' pipeline"))
     generator = hooks.maybe(h.ftcore_make_generator, plan=plan, model=loaded.model, tokenizer=loaded.tokenizer)
     answers = Answers(generator, loaded.model, loaded.tokenizer, config.sampling)

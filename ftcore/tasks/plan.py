@@ -51,7 +51,8 @@ def _settings(plan: Plan, model: Any) -> Iterable[tuple[str, str]]:
     if run.trainer and plan.format:
         rows = _count_rows(plan)
         source = ", ".join(sources(run.data.path)) if run.data and run.data.path else "shipped sample"
-        yield "data", f"{source} as {plan.format.name}, {_or_unknown(rows)} rows"
+        counted = "its rows are known once it is read" if rows is None else f"{rows:,} rows"
+        yield "data", f"{source} as {plan.format.name}, {counted}"
         micro = micro_batch(plan)
         yield "trainer", run.trainer.name
         accumulated = run.trainer.global_batch // micro

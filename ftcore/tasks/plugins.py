@@ -24,7 +24,8 @@ def main(argv: list[str]) -> int:
         return _broken()
     kind, _, name = (arguments.what or "").partition("/")
     if kind and kind not in KINDS:
-        near = nearest(kind, KINDS)
+        named = [f"{one}/{kind}" for one in KINDS if kind in installed().names(one)]
+        near = " or ".join(named) or nearest(kind, KINDS)
         raise Refused(
             Problem(kind, "is no kind of plugin", f"did you mean {near}?" if near else f"kinds: {', '.join(KINDS)}")
         )

@@ -173,7 +173,7 @@ def planned(plan: Plan) -> tuple[dict[str, Any], dict[str, bool]]:
 
 
 def _whole(config: Mapping[str, Any]) -> list[str]:
-    return list(config.get("modules_to_save") or ())
+    return list(dict.fromkeys(config.get("modules_to_save") or ()))  # PEFT names those of a head once for each load
 
 
 def _on_experts(tensors: Mapping[str, Any]) -> bool:

@@ -197,3 +197,8 @@ def test_a_run_without_a_generator_says_what_to_do(in_tmp: Path, monkeypatch: py
     monkeypatch.setattr(chat, "config_of", lambda argv: replace(config_of(argv), generator=None))
     with pytest.raises(Refused, match="use generator=fast"):
         chat.main(list(runs.TINY))
+
+
+def test_who_hears_is_not_said_to_write_nothing() -> None:
+    with pytest.raises(Refused, match="hears recordings"):
+        chat.main(["+model=whisper", "model.tiny=true"])

@@ -29,7 +29,7 @@ def seconds(command: list[str], cwd: Path, runs: int = 5) -> float:
 
 
 def test_help_says_what_where_and_how(ftcore_cli) -> None:
-    for words in ((), ("--help",), ("help",)):
+    for words in ((), ("--help",), ("help",), ("plan", "--help"), ("+model=smollm2", "-h")):
         done = ftcore_cli(*words)
         assert done.returncode == 0
         assert done.stdout.count("  ftcore ") >= 3, "three examples"
@@ -39,6 +39,11 @@ def test_help_says_what_where_and_how(ftcore_cli) -> None:
         for task in TASKS:
             assert task in done.stdout
     assert ftcore_cli("--version").stdout.strip() == f"ftcore {ftcore.__version__}"
+
+
+def test_a_plan_of_rows_that_are_not_counted_says_so(ftcore_cli) -> None:
+    words = ("+model=llama", "model.tiny=true", "+trainer=sft", "trainer.max_steps=1", "data.streaming=true")
+    assert "shipped sample as messages, its rows are known once it is read\n" in ftcore_cli("plan", *words).stdout
 
 
 def test_help_imports_nothing_heavy(in_tmp: Path) -> None:

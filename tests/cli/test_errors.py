@@ -125,6 +125,9 @@ FILES: dict[str, str | bytes] = {
     "quantized/config.json": '{"model_type": "qwen3", "quantization_config": {"quant_method": "bitsandbytes"}}',
     "saved/adapter_config.json": '{"r": 8, "lora_alpha": 64, "use_dora": true}',
     "damaged/adapter_config.json": "{",
+    "blank/config.yaml": "",
+    "items/config.yaml": "- model\n",
+    "swept/0/config.yaml": "model: {name: qwen3, tiny: true}\n",
     "recorded/config.yaml": "model: {name: qwen3, tiny: true}\nadapter: {name: lora}\ntrainer: {name: sft}\n",
     "conf/recipe/mine.yaml": recipe("defaults: [{/model: qwen3}, {/trainer: sft}]\n"),
     "conf/recipe/typo.yaml": recipe("defaults: [{/model: qwen3}, {/trainer: sft}]\ntrainer: {lerning_rate: 1}\n"),
@@ -684,13 +687,26 @@ CASES = {
         f"{SFT} 'prompts=[What, (this)?]'", CONFIG, "prompts", """'prompts=["What","(this)?"]'"""
     ),
     "grammar-equals": wrong(f"{SFT} data.path=a=b.jsonl", CONFIG, "data.path", """'data.path="a=b.jsonl"'"""),
+    "grammar-home": wrong(f"{SFT} data.path=~/a.jsonl", CONFIG, "data.path", "write data.path=/", "/a.jsonl"),
+    "key-begun": wrong(f"{SFT} sampling.temp=1", CONFIG, "sampling.temp", "did you mean sampling.temperature?"),
     "grammar-comma": wrong(
         f"{SFT} data.path=a,b.jsonl", CONFIG, "data.path", """'data.path="a,b.jsonl"'""", "-m for a sweep"
     ),
     "grammar-spaces": wrong(f"{SFT} 'trainer.seed = 1'", CONFIG, "trainer.seed: has spaces", "write trainer.seed=1"),
     "sweep-without-m": wrong("+model=qwen3,llama +trainer=sft", CONFIG, "model: several values", "-m for a sweep"),
+    "sweep-folder-without-m": wrong(f"{SFT} hydra.run.dir=here", CONFIG, "hydra.run.dir", "write output_dir=here"),
+    "sweep-key-of-a-plan": wrong(f"plan {SFT} hydra.sweep.dir=here", CONFIG, "hydra.sweep.dir: is for", "leave it out"),
+    "sweep-of-a-run": wrong("-m run=recorded trainer.seed=1,2", CONFIG, "run: names a recorded run", "leave out -m"),
     "sweep-of-a-plan": wrong(f"plan {SFT} -m", CONFIG, "-m: makes a sweep", "leave it out"),
-    "word-unquoted": wrong(f"{SFT} prompts=[what now]", CONFIG, "now]: is neither", """'prompts=["two words"]'"""),
+    "word-unquoted": wrong(
+        f"{SFT} prompts=[what is it, now] memory=off", CONFIG, "is: is neither", """'prompts=["what is it","now"]'"""
+    ),
+    "word-unquoted-names": wrong(
+        f"{SFT} +export=[gguf, adapter]", CONFIG, "adapter]: is neither", "'+export=[gguf,adapter]'"
+    ),
+    "word-unquoted-path": wrong(f"{SFT} data.path=my rows", CONFIG, "rows: is neither", """'data.path="my rows"'"""),
+    "word-after-spaces": wrong("+model = qwen3 +trainer=sft", CONFIG, "qwen3: is neither", "write +model=qwen3,"),
+    "word-after-a-space": wrong(f"{SFT} output_dir= x", CONFIG, "x: is neither", "write output_dir=x, without"),
     "word-without-value": wrong(
         f"{SFT} trainer.max_steps", CONFIG, "trainer.max_steps", "write trainer.max_steps=VALUE"
     ),
@@ -701,6 +717,7 @@ CASES = {
     "flag-of-a-plan": wrong(f"plan {SFT} --verbose", CONFIG, "--verbose: is no option", "key=value"),
     "flag-without-folder": wrong(f"{SFT} --config-dir", CONFIG, "--config-dir: needs a folder", "--config-dir my_conf"),
     "plugins-kind": wrong("plugins modle", CONFIG, "modle: is no kind", "did you mean model?"),
+    "plugins-without-kind": wrong("plugins qwen3", CONFIG, "qwen3: is no kind", "did you mean model/qwen3?"),
     "plugins-name": wrong("plugins model/qwen33", CONFIG, "'qwen33'", "did you mean model/qwen3?"),
     "export-without-run": wrong("export +export=[safetensors]", CONFIG, "run: `ftcore export` works on", "run=runs/"),
     # Recipes, and runs that are recorded.
@@ -732,6 +749,9 @@ CASES = {
     ),
     "recorded-option": wrong("run=recorded +export=[nope]", CONFIG, "export", "'nope'", "`ftcore plugins`"),
     "recorded-recipe": wrong("run=recorded +recipe=mine", CONFIG, "recipe: cannot be added", "leave out"),
+    "recorded-blank": wrong("chat run=blank", DATA, "blank/config.yaml: is no config of a run", "damaged"),
+    "recorded-items": wrong("chat run=items", DATA, "items/config.yaml: is no config of a run", "damaged"),
+    "recorded-sweep": wrong("chat run=swept", MISSING, "run: swept holds no config.yaml", "run=swept/0"),
     "recorded-deleted": wrong("run=recorded ~quantizer", CONFIG, "quantizer: a recorded run", "quantizer=NAME"),
 }
 UNFIXED = {"config-folder", "hook-syntax", "hook-import"}

@@ -36,6 +36,7 @@ def test_trains_in_an_empty_folder(trainer: str, in_tmp: Path, capsys: pytest.Ca
     assert all(math.isfinite(float(number)) for _, *numbers in steps for number in numbers if number)
     for line in ("kernels: reference.", "\nResult\n  loss_first ", "\n  loss_last ", "\nWritten\n  trained  "):
         assert line in said.out, said.out
+    assert "inside a layer" not in said.out, "a whole layer's kernel is no kernel less"
     assert "nan" not in re.findall(r"\w+", said.out)
 
     (folder,) = (in_tmp / "runs").iterdir()

@@ -172,6 +172,8 @@ def test_lint_reads_adapters_of_others(tmp_path: Path) -> None:
     moved = edited(folder, {"bias": "none", "rank_pattern": {}}, {"model.layers": "model.language_model.layers"})
     (reason,) = lint(moved, names).vllm
     assert "has no module 'model.language_model.layers.0" in reason
+    heads = edited(folder, {"modules_to_save": ["score", "classifier", "score"]})
+    assert "modules_to_save=['score', 'classifier'] is ignored: the base model's own would answer" in lint(heads).sglang
     bare = edited(folder, {}, {"base_model.model.": ""})
     assert any("does not start with base_model.model." in text for text in lint(bare).vllm)
 
