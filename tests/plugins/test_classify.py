@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from ftcore import Refused
 from ftcore.api import run
 from ftcore.meta_model import on_meta
 from ftcore.tasks._config import config_of
@@ -224,6 +225,16 @@ def test_an_adapter_keeps_the_order_of_its_classes(tmp_path: Path) -> None:
     assert run(onward).metrics["eval_loss_before"] == pytest.approx(result.metrics["eval_loss"], abs=1e-4)
 
 
+def test_an_adapter_with_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
+    """One that names no classes, such as a reward model's, is known by its weights alone."""
+    folder = tmp_path / "run"
+    run([*TINY, *SHORT, f"data.path='{labelled(tmp_path)}'", f"output_dir='{folder}'"])
+    (folder / "trained" / "classes.json").unlink()
+    two = labelled(tmp_path, [("a", "x"), ("b", "y")], "two.jsonl")
+    with pytest.raises(Refused, match=r"of another head: size mismatch for .*classifier"):
+        runs.loaded([*TINY, f"data.path='{two}'", f"adapter.path='{folder / 'trained'}'"])
+
+
 def test_labels_of_several_classes_are_not_smoothed(tmp_path: Path) -> None:
     """transformers leaves the setting out there, with a warning that nobody sees."""
     several, smooth = labelled(tmp_path, [("a", ["x", "y"]), ("b", ["y"])]), "trainer.args.label_smoothing_factor=0.1"
@@ -265,7 +276,6 @@ def test_accuracy_and_macro_f1() -> None:
 
 
 def test_rows_that_no_plan_has_seen_have_no_classes_beyond_the_first(tmp_path: Path) -> None:
-    from ftcore.errors import Refused
     from ftcore_trainers._classes import LabelledTexts
 
     def encode(texts: Sequence[str], pairs: Any = None) -> dict[str, Any]:
