@@ -24,7 +24,7 @@ INSTALL = "pip install soundfile, or convert it: ffmpeg -i IN -ac 1 OUT.wav"
 
 
 def length(audio: Any) -> tuple[int, float]:
-    """Samples a second, and seconds; of a file only the head is read.
+    """Samples a second, and seconds; of a file only the head is read, and of WAV whether its end is there.
 
     Raises Refused for a recording that cannot be read.
     """
@@ -34,7 +34,11 @@ def length(audio: Any) -> tuple[int, float]:
     source = _source(audio)
     if (module := _soundfile()) is None:
         with _wave(source) as file:
-            return file.getframerate(), file.getnframes() / file.getframerate()
+            frames = file.getnframes()
+            if frames:  # the last one is read: the head says how many there should be
+                file.setpos(frames - 1)
+                _whole(file, file.readframes(1), 1)
+            return file.getframerate(), frames / file.getframerate()
     try:
         info = module.info(source)
     except (module.SoundFileError, OSError) as error:
@@ -96,8 +100,7 @@ def _read_wave(source: Any) -> tuple[Array, int]:
     with _wave(source) as file:
         width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
         said = file.readframes(file.getnframes())
-        if len(said) != file.getnframes() * width * channels:
-            raise Refused(Problem("data", "the recording ends before its time", "copy or record it again", Exit.DATA))
+        _whole(file, said, file.getnframes())
         data = np.frombuffer(said, dtype=np.uint8).reshape(-1, width)
     if width == 1:  # the only width without a sign
         samples = data[:, 0].astype(np.float32) / 128 - 1
@@ -106,6 +109,13 @@ def _read_wave(source: Any) -> tuple[Array, int]:
         wide[:, 4 - width :] = data
         samples = wide.view("<i4")[:, 0].astype(np.float32) / 2**31
     return _mono(samples.reshape(-1, channels)), rate
+
+
+def _whole(file: wave.Wave_read, said: bytes, frames: int) -> None:
+    """Raises Refused where fewer frames were read than the file's head speaks of."""
+    if len(said) != frames * file.getsampwidth() * file.getnchannels():
+        message = "the recording cannot be read: it ends before its time"
+        raise Refused(Problem("data", message, "copy or record it again", Exit.DATA))
 
 
 def _mono(samples: Array) -> Array:

@@ -28,6 +28,8 @@ FREE = frozenset(
     }
 )
 """Keys that say how long, how fast and how visibly a run trains, but not what it would become by the same step."""
+FOUND = "found"
+"""Mark in the metadata of a config's field: where it is left out, the plan finds it in the rows, and records it."""
 ALIKE = {
     ("trainer.optimizer", "adamw_torch_fused"): "adamw_torch",
     ("generator.name", "fast"): "transformers",  # both draw from the weights that are trained
@@ -46,18 +48,33 @@ class Change:
     now: Any
 
 
-def of_config(run: RunConfig, folder: Path) -> Iterator[Change]:
+def kept_free(plan: Plan) -> frozenset[str]:
+    """Keys that are free for the plan's trainer: one that compares the rows of a micro-batch keeps their number."""
+    return FREE - {"trainer.micro_batch"} if plan.trainer and plan.trainer.compares else FREE
+
+
+def of_command(run: RunConfig, folder: Path) -> Iterator[Change]:
+    """As :func:`of_config` for a config that no plan was made of yet: what a plan will find is no change."""
+    trainer = run.trainer
+    marked = {field.name for field in fields(trainer) if field.metadata.get(FOUND)} if trainer else set()
+    left_out = (name for name, value, default in _members(trainer) if name in marked and value == default)
+    return of_config(run, folder, FREE.union(f"trainer.{name}" for name in left_out))
+
+
+def of_config(run: RunConfig, folder: Path, free: frozenset[str] = FREE) -> Iterator[Change]:
     """Keys whose value is not the one that the run in `folder` began with.
 
     A key that ftcore did not have yet counts where it is not at its default: that is what the run began with.
+
+    :param free: Keys that do not count, with all below them.
     """
     record = yaml.safe_load((folder / RECORD).read_text(encoding="utf-8")) or {}
     old, new = _flat(record), _flat(asdict(run))
     added = frozenset(_added(run, record))
     for key in sorted({*old, *new}):
         parts = key.split(".")
-        free = any(".".join(parts[:count]) in FREE for count in range(1, len(parts) + 1))
-        if not free and key not in added and _plain(key, old.get(key)) != _plain(key, new.get(key)):
+        counts = all(".".join(parts[:count]) not in free for count in range(1, len(parts) + 1))
+        if counts and key not in added and _plain(key, old.get(key)) != _plain(key, new.get(key)):
             yield Change(key, old.get(key), new.get(key))
 
 

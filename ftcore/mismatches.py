@@ -47,12 +47,19 @@ class Fit:
 
     @cached_property
     def beyond(self) -> dict[str, int]:
-        """Tokens whose ids have no row in the embedding; `model.new_tokens` get theirs when the model is loaded."""
+        """Tokens whose ids have no row in the embedding.
+
+        `model.new_tokens` get theirs when the model is loaded; Llama 3.2 Vision's token of images has one beyond those
+        of its vocabulary, as its config says.
+        """
         assert self.plan.run.model is not None
         if self.rows is None:
             return {}
+        vision, known = self.plan.family.vision, checkpoint.settings(self.plan.run.model, self.plan.family)
         made = set(self.plan.run.model.new_tokens)
         vocabulary = self.tokenizer.get_vocab()
+        if vision and vocabulary.get(vision.image) == known.get("image_token_index") == self.rows:
+            made.add(vision.image)
         return {word: number for word, number in vocabulary.items() if number >= self.rows and word not in made}
 
     @cached_property

@@ -47,7 +47,7 @@ def going_on(run: RunConfig, root: Path = Path("runs")) -> RunConfig:
             note(f"going on with {folder} after step {store.step_of(checkpoints[0])}; resume=never starts anew")
             return replace(run, output_dir=str(folder), resume=replace(run.resume, checkpoint="last"))
         recorded = (folder / drift.RECORD).is_file()
-        if not _failed_after_training(folder) and not (recorded and list(drift.of_config(run, folder))):
+        if not _failed_after_training(folder) and not (recorded and list(drift.of_command(run, folder))):
             reason = "it left no checkpoint" if _trained(folder) else "it was stopped before its first checkpoint"
             note(f"beginning again in {folder}: {reason}; what it left is in {_set_aside(folder)}")
             return replace(run, output_dir=str(folder))
@@ -81,7 +81,7 @@ def _candidates(run: RunConfig, root: Path) -> Iterator[Path]:
     name = run_name(run)
     numbered = [(int(n), p) for p in root.glob(f"{name}-*") if (n := p.name.removeprefix(f"{name}-")).isdigit()]
     for _, folder in sorted(numbered, reverse=True):
-        if _interrupted(folder) and (folder / drift.RECORD).is_file() and not list(drift.of_config(run, folder)):
+        if _interrupted(folder) and (folder / drift.RECORD).is_file() and not list(drift.of_command(run, folder)):
             yield folder
 
 

@@ -203,7 +203,7 @@ def _same_run(plan: Plan) -> Iterator[Problem]:
     record = plan.output_dir / "config.yaml"
     if not (plan.run.resume.checkpoint == "last" or _own_checkpoint(plan)) or not record.is_file():
         return
-    for change in [*drift.of_config(plan.run, plan.output_dir), *drift.of_inputs(plan)]:
+    for change in [*drift.of_config(plan.run, plan.output_dir, drift.kept_free(plan)), *drift.of_inputs(plan)]:
         if change.key not in plan.run.resume.allow:
             message = f"was {change.before} when the run began, and is {change.now}"
             fix = f"leave it as it was, accept it by 'resume.allow=[{change.key}]', or begin anew: resume=never"

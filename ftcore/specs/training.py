@@ -57,6 +57,8 @@ class TrainerSpec:
     """Values of the model's config that the head needs, such as `id2label`."""
     measures: tuple[str, ...] = ()
     """What is measured on held-out rows besides the loss: `accuracy` is logged as `eval_accuracy`."""
+    compares: bool = False
+    """The loss compares the rows of a micro-batch, so that a run which goes on keeps `trainer.micro_batch`."""
     passes: Passes | None = None
     """What a row of a micro-batch costs; None leaves the run out of the forecast, but for a `tokenized` trainer of one
     model, whose row is one sequence."""

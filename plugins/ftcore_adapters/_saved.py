@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from ftcore import Plan, Problem
+from ftcore import Plan, Problem, Refused
+from ftcore.errors import Exit
 from ftcore_adapters._heads import TASKS
 
 
@@ -16,6 +18,20 @@ def of_another_task(plan: Plan, saved: Mapping[str, Any], folder: str) -> Iterat
         message = f"the adapter saved in {folder} is one for {own}, and this run trains for {task}"
         fix = "merge it first: ftcore export run=RUN '+export=[safetensors]', then model.path=RUN/export/safetensors"
         yield Problem("adapter.path", message, fix)
+
+
+@contextmanager
+def of_other_shapes(folder: str) -> Iterator[None]:
+    """Raises Refused where torch finds that saved weights are of other shapes than the model's."""
+    try:
+        yield
+    except RuntimeError as error:
+        strange = next((line.strip() for line in str(error).splitlines() if "size mismatch for" in line), None)
+        if strange is None:
+            raise
+        message = f"the adapter saved in {folder} is one of another model, or of another head: {strange}"
+        fix = "give the base that it was trained on, and as many classes"
+        raise Refused(Problem("adapter.path", message, fix, Exit.DATA)) from error
 
 
 def in_other_parts(plan: Plan, saved: Mapping[str, Any], asked: list[str] | str, folder: str) -> Iterator[Problem]:

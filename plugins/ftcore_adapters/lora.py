@@ -17,7 +17,7 @@ from ftcore.parts import PARTS, parts_pattern
 from ftcore.vocabulary import trained_rows
 from ftcore_adapters import _loftq
 from ftcore_adapters._heads import TASKS, inside, new_modules
-from ftcore_adapters._saved import in_other_parts, of_another_task
+from ftcore_adapters._saved import in_other_parts, of_another_task, of_other_shapes
 from ftcore_adapters._whole import prepare, whole_and_quantized, whole_in_16_bits
 
 if TYPE_CHECKING:
@@ -262,7 +262,8 @@ def ftcore_adapt_model(plan: Plan, model: PreTrainedModel) -> nn.Module:
 
     config = plan.config(Config)
     if config.path:
-        loaded: nn.Module = PeftModel.from_pretrained(model, config.path, is_trainable=True)
+        with of_other_shapes(config.path):
+            loaded: nn.Module = PeftModel.from_pretrained(model, config.path, is_trainable=True)
         prepare(loaded, plan)
         return loaded
     set_seed(plan.run.trainer.seed if plan.run.trainer else 0)

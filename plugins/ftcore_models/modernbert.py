@@ -49,6 +49,7 @@ def ftcore_model_family() -> ModelFamily:
             "num_attention_heads": 4,
             "max_position_embeddings": 2048,
             "local_attention": 8,
+            "pad_token_id": 256,
             "cls_token_id": None,
             "sep_token_id": None,
         },

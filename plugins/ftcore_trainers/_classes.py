@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ftcore import Plan, Problem, checkpoint
 from ftcore.catalog import nearest
 from ftcore.errors import Exit
+from ftcore_trainers._class_names import of_adapter
 from ftcore_trainers._encoded import Encoder
 from ftcore_trainers._local_rows import all_local, converted
 
@@ -34,7 +35,8 @@ def each(label: Any) -> list[Any]:
 def found(plan: Plan) -> tuple[list[str], bool]:
     """The names that the rows use, in order, and whether a row may have several of them.
 
-    The order is that of the checkpoint's own classes, if it has these, else of the numbers or of the alphabet.
+    The order is that of the own classes of the checkpoint or the adapter, if it has these, else of the numbers or of
+    the alphabet.
     """
     labels = [row["label"] for _, row in converted(plan)]
     names = {name_of(one) for label in labels for one in each(label)}
@@ -42,16 +44,22 @@ def found(plan: Plan) -> tuple[list[str], bool]:
     own = own_classes(plan)
     if names and names <= set(own):
         return own, several
-    return sorted(names, key=lambda name: (0, int(name), "") if name.isdigit() else (1, 0, name)), several
+    return sorted(names, key=lambda name: (0, int(name), "") if _is_number(name) else (1, 0, name)), several
+
+
+def _is_number(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()
 
 
 def own_classes(plan: Plan) -> list[str]:
-    """The classes of a checkpoint that was trained to classify; empty for any other."""
+    """The classes of an adapter or a checkpoint that was trained to classify; empty for any other."""
+    if names := of_adapter(plan):
+        return names
     assert plan.run.model is not None
     config = checkpoint.read_config(plan.run.model, plan.family) or {}
     trained = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
-    names = config.get("id2label") or {}
-    return [str(names[key]) for key in sorted(names, key=int)] if trained else []
+    known = config.get("id2label") or {}
+    return [str(known[key]) for key in sorted(known, key=int)] if trained else []
 
 
 def index(label: Any, classes: Sequence[str]) -> int | None:
@@ -59,7 +67,7 @@ def index(label: Any, classes: Sequence[str]) -> int | None:
     name = name_of(label)
     if name in classes:
         return list(classes).index(name)
-    return int(name) if name.isdigit() and int(name) < len(classes) else None
+    return int(name) if name.isdecimal() and int(name) < len(classes) else None
 
 
 def problems(plan: Plan, classes: Sequence[str]) -> Iterator[Problem]:
@@ -76,8 +84,13 @@ def problems(plan: Plan, classes: Sequence[str]) -> Iterator[Problem]:
         return
     own = own_classes(plan)
     if own and len(own) != len(classes):
-        message = f"the rows have {len(classes)} classes, and the checkpoint was trained for {len(own)}: {shown(own)}"
-        yield Problem("trainer.labels", message, "give rows of these classes, or a checkpoint without a head")
+        what = "the adapter" if of_adapter(plan) else "the checkpoint"
+        message = f"the rows have {len(classes)} classes, and {what} was trained for {len(own)}: {shown(own)}"
+        yield Problem("trainer.labels", message, "give rows of these classes, or begin without that head")
+        return
+    if own and own != list(classes) and set(own) == set(classes):
+        message = f"has another order than the classes that the model was trained for: {shown(own)}"
+        yield Problem("trainer.labels", message, "leave it out")
         return
     yield from _rows(plan, classes)
 

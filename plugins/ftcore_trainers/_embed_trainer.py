@@ -8,7 +8,7 @@ import torch
 
 from ftcore_trainers._mean_trainer import MeanTrainer
 from ftcore_trainers._measures import recall_at_1, spearman
-from ftcore_trainers._pairs import FIRST, NEGATIVE, SECOND, cosine_loss, ranking_loss
+from ftcore_trainers._pairs import FIRST, NEGATIVE, SECOND, cosine_loss, one_left, ranking_loss
 from ftcore_trainers._pooling import embeddings
 
 
@@ -30,6 +30,15 @@ class EmbedTrainer(MeanTrainer):
             negatives = embeddings(model, inputs[NEGATIVE]) if NEGATIVE in inputs else None
             loss = ranking_loss(first, second, negatives, inputs["same"], self.scale)
         return (loss, (first, second)) if return_outputs else loss
+
+    def get_train_dataloader(self) -> Any:
+        """As the trainer's own, but a pair that an epoch leaves alone is left out of it: its loss would be 0."""
+        asked = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = asked or one_left(self.train_dataset, self.args.per_device_train_batch_size)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = asked  # which held-out rows go by as well
 
     def whole(self, inputs: Any) -> str:
         """Ranking compares every row with all others of the micro-batch."""

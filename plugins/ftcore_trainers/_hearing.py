@@ -65,6 +65,11 @@ class Transcripts:
             "decoder_input_ids": torch.tensor(inputs),
         }
 
+    def check(self, rows: Any) -> None:
+        """Raises Refused for a transcript that is too long, before a step is made; a stream is not read ahead."""
+        for text in rows["text"] if hasattr(rows, "__len__") else ():
+            self.ids(text)
+
     def ids(self, text: str) -> list[int]:
         """What the decoder is to say: the prefix, the words, and the end token."""
         words = self.tokenizer(text, add_special_tokens=False).input_ids

@@ -40,6 +40,15 @@ def problems(plan: Plan) -> Iterator[Problem]:
         yield Problem(f"trainer.{key}", message, f"use trainer.{key}=32, or as many as fit")
 
 
+def one_left(rows: Any, micro_batch: int) -> bool:
+    """Whether the last micro-batch of an epoch is one pair without a score: with no negatives, its loss is 0.
+
+    A stream has no length, and a single row is left alone in any case.
+    """
+    count = len(rows) if hasattr(rows, "__len__") else 0
+    return count > micro_batch > 1 and count % micro_batch == 1 and rows[0].get("score") is None
+
+
 @dataclass(frozen=True)
 class Pairs:
     """Collates pairs, each text of them tokenized by itself."""

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ftcore import Plan, Problem, Refused, Shape, TrainerConfig, TrainerSpec, hookimpl
-from ftcore_trainers._arguments import OWNED_WITH_SMOOTHING
+from ftcore.drift import FOUND
+from ftcore_trainers._arguments import OWNED, OWNED_WITH_SMOOTHING
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import PreTrainedTokenizerBase, Trainer
 
 SELECTS = {"data": "labels"}
+LOADED_WITH = "ftcore_trainers._class_names"
+"""Hooks with which a trained model is loaded again."""
 
 
 @dataclass
@@ -25,10 +28,10 @@ class Config(TrainerConfig):
     """Passes over the rows."""
     max_length: int = 512
     """Longest row in tokens; the rest is cut off."""
-    labels: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list, metadata={FOUND: True})
     """Names of the classes in their order; empty finds them in the rows. A number in a row is a place in this list,
     unless a class is called so."""
-    multi_label: bool = False
+    multi_label: bool = field(default=False, metadata={FOUND: True})
     """A row may have several classes or none; found where a row's label is a list."""
 
 
@@ -44,7 +47,8 @@ def ftcore_trainer_spec(config: Config) -> TrainerSpec:
     return TrainerSpec(
         accepts=frozenset({Shape.LABELS}),
         args="transformers.training_args:TrainingArguments",
-        owned=OWNED_WITH_SMOOTHING | {"remove_unused_columns", "label_names"},
+        # transformers smooths labels of one class a row alone.
+        owned=(OWNED if config.multi_label else OWNED_WITH_SMOOTHING) | {"remove_unused_columns", "label_names"},
         auto_class="AutoModelForSequenceClassification",
         settings=settings if config.labels else {},
         measures=("accuracy", "macro_f1"),
@@ -82,6 +86,16 @@ def ftcore_check_plan(plan: Plan) -> list[Problem]:
         return [*heads, *problems(plan, plan.config(Config).labels)]
     except Refused:  # named by core's checks
         return heads
+
+
+@hookimpl(wrapper=True)
+def ftcore_load_tokenizer(plan: Plan) -> Generator[None, PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """Saved with the names of the classes, which an adapter's folder would not have."""
+    from ftcore_trainers._class_names import saved_with_names
+
+    tokenizer = yield
+    saved_with_names(plan, tokenizer)
+    return tokenizer
 
 
 @hookimpl

@@ -42,6 +42,7 @@ def ftcore_trainer_spec() -> TrainerSpec:
         owned=OWNED | {"remove_unused_columns", "label_names"},
         auto_class="AutoModel",
         measures=("recall_at_1", "spearman"),
+        compares=True,
     )
 
 

@@ -58,8 +58,9 @@ def _other_head(plan: Plan) -> Iterator[Problem]:
     from ftcore_trainers._classes import own_classes
 
     if len(classes := own_classes(plan)) > 1:
-        message = f"the checkpoint was trained for {len(classes)} classes, and a reward is one number"
-        yield Problem("model.id", message, "give a checkpoint without a head, or a reward model")
+        message = f"it was trained for {len(classes)} classes, and a reward is one number"
+        key = "adapter.path" if getattr(plan.run.adapter, "path", None) else "model.id"
+        yield Problem(key, message, "give a checkpoint without a head, or a reward model")
 
 
 @hookimpl

@@ -114,6 +114,8 @@ def ftcore_make_trainer(
         max_length=config.max_length,
         dtype=base.model.encoder.conv1.weight.dtype,
     )
+    for split in dataset.values():
+        collate.check(split)
     arguments = shared(plan, "eval" in dataset) | {
         "remove_unused_columns": False,
         "label_names": ["labels"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import pytest
 import torch
 import transformers
 
+from ftcore import Refused
 from ftcore.api import run
+from ftcore.meta_model import on_meta
 from ftcore.tasks._config import config_of
 from ftcore.tasks._trained import load_trained
 from ftcore.testing import runs
@@ -101,7 +104,13 @@ def test_order_of_the_classes() -> None:
 
 @pytest.mark.parametrize(
     ("labels", "classes"),
-    [([10, 9, 2], ["2", "9", "10"]), (["b", "a", "b"], ["a", "b"]), ([True, False], ["false", "true"])],
+    [
+        ([10, 9, 2], ["2", "9", "10"]),
+        ([1, -1, 0, -10], ["-10", "-1", "0", "1"]),
+        (["²", "b", "a"], ["a", "b", "²"]),
+        (["b", "a", "b"], ["a", "b"]),
+        ([True, False], ["false", "true"]),
+    ],
 )
 def test_classes_in_the_plan(labels: list[Any], classes: list[str], tmp_path: Path) -> None:
     path = labelled(tmp_path, [(f"text {n}", label) for n, label in enumerate(labels)])
@@ -198,6 +207,64 @@ def test_a_checkpoint_with_other_classes_is_refused_and_one_with_these_keeps_the
     assert "trained for 3: 'good', 'bad', 'fair'" in problems[0].message
 
 
+def test_an_adapter_keeps_the_order_of_its_classes(tmp_path: Path) -> None:
+    """Held-out rows may name a part of them, in whatever order: a head knows numbers alone."""
+    path, folder = labelled(tmp_path), tmp_path / "run"
+    words = [*TINY, *SHORT, f"data.path='{path}'", f"data.eval_path='{path}'", "trainer.labels=[good,bad,fair]"]
+    result = run([*words, "+export=[adapter]", f"output_dir='{folder}'"])
+    part = labelled(tmp_path, [("a", "fair"), ("b", "bad")], "part.jsonl")
+    two = labelled(tmp_path, [("a", "x"), ("b", "y")], "two.jsonl")
+    for adapter in (folder / "trained", folder / "export" / "adapter"):
+        on = f"adapter.path='{adapter}'"
+        _, plan = runs.prepared([*TINY, f"data.path='{part}'", on])
+        trainer: Any = plan.run.trainer
+        assert trainer.labels == ["good", "bad", "fair"]
+        assert "the adapter was trained for 3: 'good', 'bad', 'fair'" in refused(f"data.path='{two}'", on)
+        assert "has another order" in refused(f"data.path='{path}'", on, "trainer.labels=[bad,fair,good]")
+    onward = [*TINY, *SHORT, f"data.path='{path}'", f"data.eval_path='{path}'", on, f"output_dir='{tmp_path / 'on'}'"]
+    assert run(onward).metrics["eval_loss_before"] == pytest.approx(result.metrics["eval_loss"], abs=1e-4)
+
+
+def test_an_adapter_with_a_head_of_another_size_is_refused(tmp_path: Path) -> None:
+    """One that names no classes, such as a reward model's, is known by its weights alone."""
+    folder = tmp_path / "run"
+    run([*TINY, *SHORT, f"data.path='{labelled(tmp_path)}'", f"output_dir='{folder}'"])
+    (folder / "trained" / "classes.json").unlink()
+    two = labelled(tmp_path, [("a", "x"), ("b", "y")], "two.jsonl")
+    with pytest.raises(Refused, match=r"of another head: size mismatch for .*classifier"):
+        runs.loaded([*TINY, f"data.path='{two}'", f"adapter.path='{folder / 'trained'}'"])
+
+
+def test_labels_of_several_classes_are_not_smoothed(tmp_path: Path) -> None:
+    """transformers leaves the setting out there, with a warning that nobody sees."""
+    several, smooth = labelled(tmp_path, [("a", ["x", "y"]), ("b", ["y"])]), "trainer.args.label_smoothing_factor=0.1"
+    assert "trainer.args.label_smoothing_factor" in refused(f"data.path='{several}'", smooth)
+    one = labelled(tmp_path, name="one.jsonl")
+    assert runs.refusals([*TINY, f"data.path='{one}'", smooth]) == ()
+
+
+def test_the_same_command_goes_on_with_the_classes_that_it_found(in_tmp: Path, capsys: Any) -> None:
+    """The record has them, and the command does not."""
+    from ftcore.cli import run as command
+
+    words = [*TINY, *SHORT, f"data.path='{labelled(in_tmp)}'", "trainer.save_steps=1"]
+    assert command(words) == 0
+    (folder,) = Path("runs").iterdir()
+    shutil.rmtree(folder / "trained")
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-3")
+    file = folder / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "status": "running"}))
+    assert command([*words, "trainer.labels=[good,bad,fair]"]) == 0
+    assert "going on" not in capsys.readouterr().out
+    assert command(words) == 0
+    assert f"going on with {folder} after step 2" in capsys.readouterr().out
+
+
+def test_a_plan_of_the_tiny_model() -> None:
+    """Its shape is known without its weights: the padding token lies in the vocabulary."""
+    assert on_meta(*runs.prepared([*TINY]))[0].config.pad_token_id == 256
+
+
 def test_accuracy_and_macro_f1() -> None:
     """By hand: class 0 has 2 of 3 right and one too many, class 1 half, class 2 is never right."""
     true, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 0, 1])
@@ -209,7 +276,6 @@ def test_accuracy_and_macro_f1() -> None:
 
 
 def test_rows_that_no_plan_has_seen_have_no_classes_beyond_the_first(tmp_path: Path) -> None:
-    from ftcore.errors import Refused
     from ftcore_trainers._classes import LabelledTexts
 
     def encode(texts: Sequence[str], pairs: Any = None) -> dict[str, Any]:

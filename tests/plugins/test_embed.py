@@ -17,7 +17,7 @@ from ftcore.tasks._config import config_of
 from ftcore.tasks._trained import load_trained
 from ftcore.testing import runs
 from ftcore_trainers._measures import recall_at_1, spearman
-from ftcore_trainers._pairs import cosine_loss, ranking_loss
+from ftcore_trainers._pairs import cosine_loss, one_left, ranking_loss
 from ftcore_trainers._pooling import embeddings
 
 TINY = ("+model=bert", "model.tiny=true", "model.dtype=float32", "+trainer=embed")
@@ -178,6 +178,27 @@ def test_a_whole_batch_is_each_others_negatives(tmp_path: Path) -> None:
         _, plan = runs.prepared([*TINY, f"data.path='{path}'", *words])
         assert plan.run.trainer is not None
         assert plan.run.trainer.micro_batch == rows
+
+
+def test_a_pair_is_never_alone_with_itself(tmp_path: Path) -> None:
+    """Five rows of pairs are one step of four; all held-out rows, and all scored ones, are read."""
+    path = written(tmp_path, [*pairs(), {"anchor": "and the fifth?", "positive": "the last"}])
+    words = [*TINY, *SHORT, f"data.path='{path}'", f"data.eval_path='{path}'", f"output_dir='{tmp_path / 'run'}'"]
+    run(words)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(entry["loss"] > 0 for entry in logged if "loss" in entry)
+    assert one_left([{"anchor": "a"}] * 5, 4)
+    assert not one_left([{"anchor": "a"}] * 6, 4)
+    assert not one_left([{"anchor": "a"}], 4)
+    assert not one_left([{"score": 0.5}] * 5, 4)
+
+
+def test_a_run_that_goes_on_keeps_its_negatives(tmp_path: Path) -> None:
+    path, folder = written(tmp_path, pairs()), tmp_path / "run"
+    run([*TINY, *SHORT, f"data.path='{path}'", "trainer.save_steps=1", f"output_dir='{folder}'"])
+    again = [f"run='{folder}'", "resume=last", f"output_dir='{folder}'", "trainer.max_steps=5"]
+    assert runs.refusals(again) == ()
+    assert [p.key for p in runs.refusals([*again, "trainer.micro_batch=2"])] == ["trainer.micro_batch"]
 
 
 def test_scores_that_no_plan_has_seen_are_such_as_a_cosine_has() -> None:

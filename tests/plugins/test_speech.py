@@ -191,6 +191,8 @@ def test_a_recording_that_was_cut_off(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(read(file.getvalue())[0]) == 1000
     for missing in (1, 3, 400):
         with pytest.raises(Refused, match="ends before its time"):
+            length(file.getvalue()[:-missing])
+        with pytest.raises(Refused, match="ends before its time"):
             read(file.getvalue()[:-missing])
 
 
@@ -199,6 +201,15 @@ def test_rows_with_samples_train(tmp_path: Path) -> None:
     words = [*TINY, *SHORT, "trainer.global_batch=2", f"data.path='{written(tmp_path, rows)}'"]
     metrics = run([*words, f"output_dir='{tmp_path / 'run'}'"]).metrics
     assert metrics["loss_last"] < metrics["loss_first"]
+
+
+def test_a_long_transcript_is_told_before_the_first_step(tmp_path: Path) -> None:
+    """Here a step would not even draw it."""
+    audio = {"array": tone(0.2).tolist(), "sampling_rate": RATE}
+    rows = [{"audio": audio, "text": word} for word in ("many words " * 9, *["one"] * 9)]
+    words = [*TINY, *SHORT, "trainer.max_steps=1", "trainer.global_batch=1", f"data.path='{written(tmp_path, rows)}'"]
+    with pytest.raises(Refused, match=r"more than trainer\.max_length=20: many words"):
+        run([*words, f"output_dir='{tmp_path / 'run'}'"])
 
 
 def test_word_error_rate_by_hand() -> None:

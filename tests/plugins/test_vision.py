@@ -13,8 +13,9 @@ import transformers
 from PIL import Image
 
 import ftcore
-from ftcore import Refused
+from ftcore import Refused, checkpoint
 from ftcore import hooks as h
+from ftcore.mismatches import mismatches
 from ftcore.tasks.preview import pieces
 from ftcore.testing import maths, runs
 from ftcore.vision import ImageRowTokenizer, opened, processor_of
@@ -79,6 +80,15 @@ def test_tokens_and_batches_are_those_of_the_processor(family: str) -> None:
         if name == "cross_attention_mask":  # what a pad sees means nothing
             mine, value = mine[at], value[at]
         torch.testing.assert_close(torch.as_tensor(mine), torch.as_tensor(value), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_and_its_own_tokenizer_fit(family: str) -> None:
+    """Also where the token of images lies beyond the vocabulary, as in Llama 3.2 Vision: the embedding has its row."""
+    plan, _, _ = parts_of(family)
+    folder = checkpoint.locate(plan.run.model, plan.family)
+    hooks, plan = runs.prepared([f"+model={family}", f"model.path='{folder}'", "data=images", "+trainer=sft"])
+    assert mismatches(plan, hooks.first(h.ftcore_load_tokenizer, plan=plan)) == []
 
 
 def test_pixtral_closes_each_row_of_patches() -> None:
