@@ -36,13 +36,14 @@ def iter_rows(file: Path, aside: Aside = stop) -> Placed:
     :param aside: called for each row that cannot be read; by default the first one raises Refused.
     :raises Refused: for a file in which nothing more can be read.
     """
-    if file.suffix == ".jsonl":
+    ending = file.suffix.lower()
+    if ending == ".jsonl":
         yield from _jsonl(file, aside)
-    elif file.suffix == ".json":
+    elif ending == ".json":
         yield from _json(file, aside)
-    elif file.suffix in (".csv", ".tsv"):
-        yield from _csv(file, "\t" if file.suffix == ".tsv" else ",", aside)
-    elif file.suffix == ".txt":
+    elif ending in (".csv", ".tsv"):
+        yield from _csv(file, "\t" if ending == ".tsv" else ",", aside)
+    elif ending == ".txt":
         for number, line in _lines(file, aside):
             if line.strip():
                 yield f"{file}:{number}", {"text": line.rstrip("\r\n")}
@@ -148,23 +149,44 @@ def _parsed(text: str, file: Path, first_line: int, form: str) -> Any:
 def _csv(file: Path, delimiter: str, aside: Aside) -> Placed:
     unreadable: dict[int, Problem] = {}
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_FIELD))
-    reader = csv.DictReader(_table_lines(file, unreadable), delimiter=delimiter)
-    _check_names(file, reader.fieldnames or (), delimiter)
-    done = 0
+    # Strict: else a quote that nobody closed would take the rows behind it into its field.
+    reader = csv.DictReader(_table_lines(file, unreadable), delimiter=delimiter, strict=True)
     try:
-        for row in reader:
-            first = next((unreadable[n] for n in range(done + 1, reader.line_num + 1) if n in unreadable), None)
-            done = reader.line_num
-            if None in row:
-                message = f"has more fields than the {len(reader.fieldnames or ())} columns of the first line"
-                first = first or _bad(f"{file}:{done}", message, 'put text that holds a separator in "quotes"')
-            if first is not None:
-                aside(first)
-                continue
-            yield f"{file}:{done}", row
+        _check_names(file, reader.fieldnames or (), delimiter)
     except csv.Error as error:
-        place = f"{file}:{reader.line_num}"
-        raise Refused(_bad(place, f"cannot be read: {error}", "save the rows as .jsonl")) from error
+        raise Refused(_unreadable(f"{file}:1", error)) from error
+    done = reader.line_num
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            row, problem = {}, _unreadable(f"{file}:{done + 1}", error)
+            if reader.reader.line_num > done + 1:  # where the rows behind it begin is not certain
+                raise Refused(problem) from error
+            unreadable.setdefault(done + 1, problem)
+        if row is None:
+            return
+        end = reader.reader.line_num
+        first = next((unreadable[n] for n in range(done + 1, end + 1) if n in unreadable), None)
+        done = end
+        if None in row:
+            message = f"has more fields than the {len(reader.fieldnames or ())} columns of the first line"
+            first = first or _bad(f"{file}:{done}", message, 'put text that holds a separator in "quotes"')
+        if first is not None:
+            aside(first)
+            continue
+        yield f"{file}:{done}", row
+
+
+def _unreadable(place: str, error: csv.Error) -> Problem:
+    """A row that the table's own rules do not make out, by where it begins."""
+    if "unquoted" in str(error):  # of a line that ends in the middle, as on old Macs
+        fix = "save the file with line ends of Unix or Windows"
+        return _bad(place, "has line ends of an old kind (a bare CR)", fix)
+    said = "has a quote that is not closed" if "end of data" in str(error) else f"cannot be read: {error}"
+    said = "goes on behind a quote that is closed" if "expected after" in str(error) else said
+    fix = 'put the whole field in "quotes", and each quote in it twice, or save the rows as .jsonl'
+    return _bad(place, said, fix)
 
 
 def _check_names(file: Path, names: Sequence[str], delimiter: str) -> None:

@@ -39,34 +39,43 @@ def local_files(path: str, key: str = "data.path") -> list[Path] | None:
     place = Path(path).expanduser()
     endings = f"known endings: {', '.join(LOADERS)}"
     if place.is_dir():
-        found = (f for f in place.rglob("*") if f.suffix in LOADERS)
+        found = (f for f in place.rglob("*") if f.suffix.lower() in LOADERS)
         files = sorted(f for f in found if not any(part.startswith(".") for part in f.relative_to(place).parts))
         if not files:
             raise Refused(Problem(key, f"the folder {path} holds no data files", endings, Exit.MISSING_INPUT))
-        _one_split(files, path, key)
+        _one_split(files, place, key)
         return files
     if place.is_file():
-        if place.suffix not in LOADERS:
+        if place.suffix.lower() not in LOADERS:
             raise Refused(Problem(key, f"{path} has an unknown ending", endings))
         return [place]
-    looks_local = place.suffix in LOADERS or path.startswith((".", "~", "/")) or "\\" in path or path.count("/") > 1
+    looks_local = (
+        place.suffix.lower() in LOADERS or path.startswith((".", "~", "/")) or "\\" in path or path.count("/") > 1
+    )
     if looks_local:
         raise Refused(Problem(key, f"there is no file {path}", beside(place), Exit.MISSING_INPUT))
     return None
 
 
-SPLITS = {"train": "train", "test": "test", "eval": "test", "valid": "test", "validation": "test", "dev": "test"}
+HELD_OUT = ("test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev", "holdout", "heldout")
+SPLITS = {"train": "train", "training": "train", **dict.fromkeys(HELD_OUT, "test")}
 
 
-def _one_split(files: list[Path], path: str, key: str) -> None:
-    """A folder with rows to train on and rows to hold out is not read as one heap."""
+def _one_split(files: list[Path], folder: Path, key: str) -> None:
+    """A folder with rows to train on and rows to hold out, by the names of files and folders, is not read as a heap."""
     found: dict[str, Path] = {}
     for file in files:
-        word = re.split(r"[^a-z]", file.stem.lower())[0]
-        if word in SPLITS:
-            found.setdefault(SPLITS[word], file)
+        *folders, _ = file.relative_to(folder).parts
+        said = [
+            {SPLITS[word] for word in re.split(r"[^a-z]", name.lower()) if word in SPLITS}
+            for name in (*folders, file.stem)
+        ]
+        if len(set().union(*said)) == 1:
+            first = next(number for number, words in enumerate(said) if words)
+            found.setdefault(said[first].pop(), folder.joinpath(*folders[: first + 1]) if folders[first:] else file)
     if len(found) > 1:
-        message = f"the folder {path} holds both {found['train'].name} and {found['test'].name}"
+        train, test = (str(found[name].relative_to(folder)) for name in ("train", "test"))
+        message = f"the folder {folder} holds both {train} and {test}"
         fix = f"name them: data.path={found['train']} data.eval_path={found['test']}"
         raise Refused(Problem(key, message, fix))
 
@@ -141,6 +150,12 @@ def row_problem(place: str, reason: str, note: str = "") -> Problem:
     """What a format's check found, as a problem: a second line of the reason is the fix."""
     message, _, fix = reason.partition("\n")
     return Problem(place, f"{message}{note}", fix or "mend the row, or take it out", Exit.DATA)
+
+
+def all_held_out(held_out: int, rows: int) -> Problem:
+    """`data.eval_size` takes every row."""
+    message = f"holds out {held_out} of {rows} rows, which leaves none to train on"
+    return Problem("data.eval_size", message, "give a smaller number, or set data.eval_path", Exit.DATA)
 
 
 def beside(place: Path) -> str:

@@ -24,7 +24,7 @@ def read(template: str) -> str:
     """
     file = _file(template)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # a byte order mark would stand in every row
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(Problem(KEY, f"{file} cannot be read: {error}", "save it as UTF-8", Exit.DATA)) from error
     _parse(text, file)

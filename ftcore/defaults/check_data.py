@@ -15,7 +15,7 @@ from ftcore.manager import import_function
 from ftcore.media import host_of
 from ftcore.quarantine import AT_FIRST, MOST, too_many
 from ftcore.row_checks import Check, row_check
-from ftcore.rows import Row, hub_rows, iter_rows, local_files, row_problem, sources
+from ftcore.rows import Row, all_held_out, hub_rows, iter_rows, local_files, row_problem, sources
 from ftcore.specs import DataFormat, Plan
 from ftcore.templates import read
 
@@ -102,8 +102,8 @@ def check_rows(plan: Plan) -> Iterator[Problem]:
             yield from refused.problems
     yield from found.problems(data)
     made = form.made and data.path is None
-    if data.eval_size and not (data.eval_path or data.streaming or data.weights or made):
-        yield from _split(data.eval_size, sources(data.path or form.sample))
+    if data.eval_size and not (data.eval_path or data.weights or made):
+        yield from _split(data.eval_size, sources(data.path or form.sample), data.streaming)
 
 
 def _source(key: str, path: str, data: DataConfig, form: DataFormat, found: RowsFound) -> Iterator[Problem]:
@@ -177,12 +177,12 @@ class RowsFound:
             yield replace(same[0], message=same[0].message + more)
 
 
-def _split(size: float, paths: list[str]) -> Iterator[Problem]:
+def _split(size: float, paths: list[str], streaming: bool) -> Iterator[Problem]:
     places = [local_files(path) for path in paths]
-    if None in places:
+    if None in places or (streaming and size < 1):
         return
-    rows = sum(1 for files in places for file in files or () for _ in iter_rows(file, lambda problem: None))
+    found = (row for files in places for file in files or () for row in iter_rows(file, lambda problem: None))
+    rows = sum(1 for _ in islice(found, int(size) + 1 if streaming else None))
     held_out = math.ceil(rows * size) if size < 1 else int(size)
     if held_out >= rows:
-        message = f"holds out {held_out} of {rows} rows, which leaves none to train on"
-        yield Problem("data.eval_size", message, "give a smaller number, or set data.eval_path")
+        yield all_held_out(held_out, rows)

@@ -18,11 +18,11 @@ from ftcore.hooks import hookimpl
 from ftcore.media import resolved
 from ftcore.quarantine import Quarantine
 from ftcore.row_checks import good_rows, streamed_rows
-from ftcore.rows import local_files, sources
+from ftcore.rows import all_held_out, local_files, sources
 from ftcore.specs import DataFormat, Plan
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, IterableDataset
+    from datasets import Dataset, DatasetDict, Features, IterableDataset
 
 Row = dict[str, Any]
 WHOLE = 2**32
@@ -52,6 +52,8 @@ def ftcore_load_dataset(plan: Plan) -> DatasetDict:
         splits = {"eval": splits["train"].take(rows), "train": splits["train"].skip(rows)}
     elif data.eval_size:
         size = data.eval_size if data.eval_size < 1 else int(data.eval_size)
+        if size >= len(splits["train"]):
+            raise Refused(all_held_out(int(size), len(splits["train"])))
         parts = splits["train"].train_test_split(test_size=size, seed=seed)
         splits = {"train": parts["train"], "eval": parts["test"]}
     if not data.streaming:
@@ -92,10 +94,10 @@ def _read(path: str, data: DataConfig, form: DataFormat, aside: Quarantine) -> D
 
         given = {"files": files, "form": form, "data": data, "aside": aside}
         return IterableDataset.from_generator(streamed_rows, gen_kwargs=given)
-    if all(file.suffix == ".parquet" for file in files):  # typed, and often large
+    if all(file.suffix.lower() == ".parquet" for file in files):  # typed, and often large
         # Typed as one where that can be: each file's own nulls would give it types of its own.
-        groups = [[file] for file in files] if form.media or aside.open else [files]
-        return _joined([_parquet(group, data, form, aside) for group in groups])
+        groups, kinds = [[file] for file in files] if form.media or aside.open else [files], _kinds(files)
+        return _joined([_parquet(group, data, form, aside, kinds) for group in groups])
     good = (row for file in files for _, row in good_rows(file, form, data, aside, checked=not aside.open))
     rows = [dict(row) for row in good]
     if not rows:
@@ -103,13 +105,36 @@ def _read(path: str, data: DataConfig, form: DataFormat, aside: Quarantine) -> D
     return _in_memory(rows, path)
 
 
-def _parquet(files: list[Path], data: DataConfig, form: DataFormat, aside: Quarantine) -> Dataset:
+def _kinds(files: list[Path]) -> Features | None:
+    """The columns of all of the files, where they differ: `datasets` would go by those of the first. None else."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+    from datasets import Features
+
+    schemas = [parquet.read_schema(file) for file in files]
+    if all(schema == schemas[0] for schema in schemas):
+        return None
+    try:
+        return Features.from_arrow_schema(pyarrow.unify_schemas(schemas, promote_options="permissive"))
+    except pyarrow.ArrowException:  # text and numbers: `datasets` may still make one of the other
+        return None
+
+
+def _parquet(
+    files: list[Path], data: DataConfig, form: DataFormat, aside: Quarantine, kinds: Features | None
+) -> Dataset:
     """Files of one folder, of which each is a group of its own where its rows are looked at one by one."""
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     names = [glob.escape(str(file)) for file in files]
-    # `datasets` keeps what it read by the files' names and times: by their bytes, it never gives rows of an older one.
-    rows = load_dataset("parquet", name=f"bytes-{_hash(files)}", data_files=names, split="train")
+    try:
+        # `datasets` keeps what it read by the files' names and times: by their bytes, it never gives those of an older.
+        rows = load_dataset("parquet", f"bytes-{_hash(files)}", data_files=names, features=kinds, split="train")
+    except DatasetGenerationError as error:
+        message = f"the files hold columns of different kinds: {' '.join(str(error.__cause__).split())[:120]}"
+        fix = "give all of them the same columns"
+        raise Refused(Problem(str(files[0].parent), message, fix, Exit.DATA)) from error
     rows = named_dataset(_undecoded(rows), data.columns)
     if aside.open:
         rows = rows.select([number for number, _ in good_rows(files[0], form, data, aside, checked=False)])

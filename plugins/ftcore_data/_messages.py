@@ -14,14 +14,17 @@ MESSAGE = '{"role": "user", "content": "..."}'
 Message = dict[str, Any]
 
 
-def check_messages(messages: Any, column: str = "messages", answered: bool = True) -> str | None:
-    """A list of {role, content} with known roles, words in each, and at least one answer where one is needed."""
+def check_messages(messages: Any, column: str = "messages", answered: bool = True, media: bool = False) -> str | None:
+    """A list of {role, content} with known roles, words in each, and at least one answer where one is needed.
+
+    :param media: parts may be images and recordings, which the row has columns for.
+    """
     if not isinstance(messages, list):
         return f"column '{column}' is {kind(messages)}, not a list of messages\na message looks like {MESSAGE}"
     if not messages:
         return f"column '{column}' is an empty conversation\nput a question and an answer in, or take the row out"
     for number, message in enumerate(messages, 1):
-        if reason := _check_message(message, number):
+        if reason := _check_message(message, number) or (None if media else _no_media(message, number)):
             return reason
     roles = [m["role"] for m in messages]
     if answered and not any(m["role"] == "assistant" and m.get("weight", 1) != 0 for m in messages):
@@ -38,7 +41,7 @@ def _check_message(message: Any, number: int) -> str | None:
         return f"message {number} has the unknown role {message['role']!r}\n{one_of(message['role'], ROLES)}"
     if message.get("weight", 1) not in (None, 0, 1):
         return f"message {number} has the weight {message['weight']!r}\ngive 1 to train it, or 0 to read it only"
-    content, calls = message.get("content"), message.get("tool_calls")
+    content, calls = _as_text(message.get("content")), message.get("tool_calls")
     if reason := _check_calls(calls, number):
         return reason
     if calls and not content:
@@ -57,6 +60,12 @@ def _is_part(part: Any) -> bool:
     return isinstance(part, Mapping) and (isinstance(part.get("text"), str) or part.get("type") in ("image", "audio"))
 
 
+def _no_media(message: Row, number: int) -> str | None:
+    parts = message["content"] if isinstance(message.get("content"), list) else ()
+    what = next((part["type"] for part in parts if part.get("type") in ("image", "audio")), None)
+    return what and f"message {number} has an {what}, but the row has no column for it\nput it into '{what}s'"
+
+
 def _check_calls(calls: Any, number: int) -> str | None:
     if not calls:
         return None
@@ -66,7 +75,8 @@ def _check_calls(calls: Any, number: int) -> str | None:
         if not isinstance(named, Mapping) or not named.get("name") or not isinstance(calls, list):
             return f"message {number} has a tool call without a name\n{fix}"
         arguments = named.get("arguments")
-        if isinstance(arguments, str) and not isinstance(_json(arguments), dict):
+        given = _json(arguments) if isinstance(arguments, str) else {} if arguments is None else arguments
+        if not isinstance(given, Mapping):
             return f"message {number} calls {named['name']} with arguments that are no JSON object\n{fix}"
     return None
 
@@ -88,7 +98,8 @@ def plain_messages(messages: Sequence[Row]) -> list[Message]:
 
 def _as_text(content: Any) -> Any:
     """Parts of OpenAI's form, a line each, as vLLM puts them together; anything else as it is."""
-    texts = [part.get("text") for part in content] if isinstance(content, list) else []
+    parts = content if isinstance(content, list) and all(isinstance(part, Mapping) for part in content) else []
+    texts = [part.get("text") for part in parts]
     alone = all(isinstance(text, str) for text in texts)
     return "\n".join(texts) if texts and alone else content
 
@@ -114,8 +125,11 @@ def _with_objects(message: Message) -> Message:
     calls = []
     for call in message["tool_calls"]:
         function = dict(call.get("function") or {"name": call.get("name"), "arguments": call.get("arguments")})
-        if isinstance(function.get("arguments"), str):
-            function["arguments"] = json.loads(function["arguments"])
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            function["arguments"] = json.loads(arguments)
+        elif arguments is None:  # a call of nothing: templates would write null
+            function["arguments"] = {}
         rest = {key: value for key, value in call.items() if key not in ("name", "arguments", "function")}
         calls.append({"type": "function", **rest, "function": function})
     return {"content": "", **message, "tool_calls": calls}  # some templates ask for the words even where there are none

@@ -37,7 +37,7 @@ def ftcore_data_format() -> DataFormat:
 def check(row: Row) -> str | None:
     """An instruction and an output with words in them; the system message is text, and the history pairs of text."""
     output = first(row, OUTPUTS) or OUTPUTS[0]
-    if reason := missing(row, "instruction", output) or unused(row, *MEDIA):
+    if reason := missing(row, "instruction", output) or unused(row, *MEDIA, "tools"):
         return reason
     return check_prompt(row) or not_text(row, output)
 
@@ -49,6 +49,8 @@ def check_prompt(row: Row) -> str | None:
     for column in (*INPUTS, "system"):
         if row.get(column) is not None and (reason := not_text(row, column, empty_ok=True)):
             return reason
+    if all((row.get(column) or "").strip() for column in INPUTS):
+        return "has a column 'input', and a column 'context' as well\ntake one of them out"
     history = row.get("history") or []
     if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
         return 'column \'history\' is not a list of [question, answer] pairs\nwrite it as [["question", "answer"], ...]'
@@ -70,5 +72,5 @@ def prompt(row: Row) -> list[Message]:
     messages = with_system([], row)
     for question, answer in row.get("history") or []:
         messages += asked(question) + answered(answer)
-    given = next((row[name] for name in INPUTS if row.get(name)), "")
+    given = next((row[name] for name in INPUTS if (row.get(name) or "").strip()), "")
     return messages + asked(f"{row['instruction']}\n\n{given}" if given else row["instruction"])

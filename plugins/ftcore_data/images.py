@@ -57,11 +57,13 @@ def check(row: Row) -> str | None:
         if reason := sharegpt.check_turns(turns):
             return reason
         turns = sharegpt.to_messages(turns)
-    if reason := check_messages(turns, talk):
+    if reason := check_messages(turns, talk, media=True):
         return reason
     places = sum(_places(turns))
     if places not in (0, len(images)):
         return f"has {len(images)} images and {places} places for them\nput one {HERE} for each image, or none at all"
+    if not places and all(turn["role"] != "user" for turn in turns):
+        return f"has images, but no message of the user's to put them in\nput one {HERE} for each image"
     return None
 
 

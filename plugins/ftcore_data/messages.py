@@ -47,7 +47,7 @@ def check(row: Row) -> str | None:
     if _of_sharegpt(row[column]):
         return f"{NO_COLUMN} of messages: '{column}' has turns of {{from, value}}\nname the format with data=sharegpt"
     reason = unused(row, *MEDIA) or check_messages(row[column], column) or check_tools(row)
-    return reason or check_system(row, row[column]) or _no_media(row[column])
+    return reason or check_system(row, row[column])
 
 
 def convert(row: Row) -> dict[str, Any]:
@@ -55,15 +55,6 @@ def convert(row: Row) -> dict[str, Any]:
     column = first(row, COLUMNS)
     assert column is not None
     return with_tools(with_system(plain_messages(row[column]), row), row)
-
-
-def _no_media(messages: list[Row]) -> str | None:
-    for number, message in enumerate(messages, 1):
-        for part in message["content"] if isinstance(message.get("content"), list) else ():
-            if part.get("type") in ("image", "audio"):
-                what = part["type"]
-                return f"message {number} has an {what}, but the row has no column for it\nput it into '{what}s'"
-    return None
 
 
 def _of_sharegpt(turns: Any) -> bool:

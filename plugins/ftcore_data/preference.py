@@ -19,7 +19,7 @@ from ftcore_data._messages import (
     tools_of,
     with_system,
 )
-from ftcore_data._rows import MEDIA, Row, first, kind, missing, not_text, sample, unused
+from ftcore_data._rows import MEDIA, UNUSED, Row, first, kind, missing, not_text, sample, unused
 
 PROMPTS = ("prompt", "question", "instruction", "conversations")
 BOTH = ("chosen", "rejected")
@@ -46,12 +46,12 @@ def ftcore_data_format() -> DataFormat:
 
 def check(row: Row) -> str | None:
     """Both answers are there and differ; the prompt, where it is a column, ends with the user's words."""
-    if reason := missing(row, *BOTH) or unused(row, *MEDIA):
+    column = first(row, PROMPTS)
+    if reason := missing(row, *BOTH) or unused(row, *MEDIA) or _unused(row, column):
         return reason
     if type(row["chosen"]) is not type(row["rejected"]):
         message = f"column 'chosen' is {kind(row['chosen'])}, but column 'rejected' is {kind(row['rejected'])}"
         return f"{message}\ngive both in one form"
-    column = first(row, PROMPTS)
     if reason := _check_prompt(row, column) or next(filter(None, (_check_answer(row, name) for name in BOTH)), None):
         return reason
     if row["chosen"] == row["rejected"]:
@@ -61,6 +61,8 @@ def check(row: Row) -> str | None:
     if column is not None and _tell_all(row) and not _begin_with(row, column):
         message = f"'chosen' and 'rejected' begin neither with the assistant nor with what '{column}' says"
         return f"{message}\ngive the answers alone, or take the column '{column}' out"
+    if reason := _no_answers(row, column):
+        return reason
     told = row["chosen"] if column is None or _tell_all(row) else row[column]
     return check_system(row, told) or check_tools(row)
 
@@ -78,6 +80,29 @@ def convert(row: Row) -> dict[str, Any]:
         prompt = asked_before if _told(asked_before) else [*_told(prompt), *asked_before]
         made = {name: answer[shared:] for name, answer in made.items()}
     return {"prompt": prompt, **made, **({"tools": tools} if tools else {})}
+
+
+def _unused(row: Row, column: str | None) -> str | None:
+    """What a prompt of this kind does not tell; whole texts tell everything themselves."""
+    if column is None and isinstance(row["chosen"], str):
+        name = next((name for name in alpaca.INPUTS if row.get(name)), None)
+        return (
+            name and f"{UNUSED} '{name}', but no prompt\nif it is the prompt, set data.columns.prompt={name}"
+        ) or unused(row, "system", "tools", "history")
+    return None if column == "instruction" else unused(row, "context", "history")
+
+
+def _no_answers(row: Row, column: str | None) -> str | None:
+    """Answers are the assistant's from where they differ to their end."""
+    if not isinstance(row["chosen"], list):
+        return None
+    told = _shared(row) if column is None or _tell_all(row) else 0
+    for name in BOTH:
+        if row[name][told]["role"] != "assistant":
+            return f"'{name}' goes on with a message that is no answer\nask both the same"
+        if row[name][-1]["role"] != "assistant":
+            return f"'{name}' does not end with the assistant's answer\ntake what follows it out"
+    return None
 
 
 def _check_prompt(row: Row, column: str | None) -> str | None:

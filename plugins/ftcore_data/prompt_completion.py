@@ -37,14 +37,14 @@ def check(row: Row) -> str | None:
     pair = first_pair(row, PAIRS)
     if pair is None:
         return missing_all(row, ("prompt", "completion"))
-    if reason := unused(row, *MEDIA, "instruction", "system", "history"):
+    if reason := unused(row, *MEDIA, "instruction", "system", "history", "context"):
         return reason
     prompt, completion = (row[name] for name in pair)
     if isinstance(prompt, list) != isinstance(completion, list):
         message = f"column '{pair[0]}' is {kind(prompt)}, but column '{pair[1]}' is {kind(completion)}"
         return f"{message}\ngive text in both, or messages in both"
     if not isinstance(prompt, list):
-        return not_text(row, pair[0]) or not_text(row, pair[1])
+        return unused(row, "tools") or not_text(row, pair[0]) or not_text(row, pair[1])
     if reason := check_messages(prompt, pair[0], answered=False) or check_messages(completion, pair[1]):
         return reason
     if completion[0]["role"] != "assistant":

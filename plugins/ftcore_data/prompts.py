@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
-from ftcore_data._messages import asked, check_messages, plain_messages
+from ftcore_data._messages import asked, check_messages, check_system, plain_messages, with_system
 from ftcore_data._rows import Row, first, missing_all, not_text, sample
 
 COLUMNS = ("prompt", "question")
@@ -31,18 +31,26 @@ def ftcore_data_format() -> DataFormat:
 
 
 def check(row: Row) -> str | None:
-    """A prompt that ends with the user's words."""
+    """A prompt that ends with the user's words; the system's are told once."""
     column = first(row, COLUMNS)
     if column is None:
         return missing_all(row, COLUMNS)
     if isinstance(row[column], list):
-        return check_messages(row[column], column, answered=False)
-    return not_text(row, column)
+        reason = check_messages(row[column], column, answered=False)
+    else:
+        reason = not_text(row, column)
+    return reason or (check_system(row, row[column]) if _told(row) else None)
 
 
 def convert(row: Row) -> dict[str, Any]:
-    """The prompt as messages; every other column stays as it is."""
+    """The prompt as messages, after the words of a column `system`; every other column stays as it is."""
     column = next(c for c in COLUMNS if c in row)
     prompt = row[column]
     messages = plain_messages(prompt) if isinstance(prompt, list) else asked(prompt)
+    messages = with_system(messages, row) if _told(row) else messages
     return {**{k: v for k, v in row.items() if k != column}, "prompt": messages}
+
+
+def _told(row: Row) -> bool:
+    """Whether `system` is what the model is told, and not something else that rewards read."""
+    return isinstance(row.get("system"), str)

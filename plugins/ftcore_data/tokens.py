@@ -9,6 +9,8 @@ from ftcore import DataConfig, DataFormat, Shape, hookimpl
 from ftcore_data._rows import Row, kind, missing, sample
 
 IGNORED = -100
+MASKS = ("attention_mask", "completion_mask", "assistant_masks")
+"""Columns that tell which tokens count, by their names in transformers and TRL."""
 
 
 @dataclass
@@ -37,7 +39,7 @@ def check(row: Row) -> str | None:
     ids, labels = row["input_ids"], row.get("labels")
     for name, values, least in (("input_ids", ids, 0), ("labels", labels, IGNORED)):
         if values is None and name == "labels":
-            return None
+            return _masked(row, ids)
         if not isinstance(values, list) or not values:
             what = "empty" if values == [] else kind(values)
             return f"column '{name}' is {what}, not a list of token ids\ngive whole numbers, or take the row out"
@@ -53,6 +55,16 @@ def check(row: Row) -> str | None:
     if strange is not None:
         fix = "labels stand at their own ids: the model shifts them itself"
         return f"label {strange + 1} is neither its id nor -100\n{fix}"
+    return _masked(row, labels or ids)
+
+
+def _masked(row: Row, labels: list[int]) -> str | None:
+    """The tokens that a mask leaves out are not trained."""
+    for name in MASKS:
+        mask = row.get(name)
+        if isinstance(mask, list) and any(not m and label != IGNORED for m, label in zip(mask, labels, strict=False)):
+            fix = "give labels, with -100 where nothing is trained, and take padding out"
+            return f"column '{name}' leaves out tokens that would be trained\n{fix}"
     return None
 
 

@@ -8,8 +8,17 @@ from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
 from ftcore_data import prompt_completion
-from ftcore_data._messages import answered, asked, check_messages, check_system, plain_messages, tools_of, with_system
-from ftcore_data._rows import Row, first_pair, kind, missing, sample, truth
+from ftcore_data._messages import (
+    answered,
+    asked,
+    check_messages,
+    check_system,
+    check_tools,
+    plain_messages,
+    tools_of,
+    with_system,
+)
+from ftcore_data._rows import MEDIA, Row, first_pair, kind, missing, sample, truth, unused
 
 
 @dataclass
@@ -34,7 +43,8 @@ def ftcore_data_format() -> DataFormat:
 def check(row: Row) -> str | None:
     """A conversation that ends with an answer, and true or false."""
     if "messages" in row:
-        if reason := missing(row, "label") or check_messages(row["messages"]) or check_system(row, row["messages"]):
+        reason = missing(row, "label") or unused(row, *MEDIA) or check_messages(row["messages"])
+        if reason := reason or check_system(row, row["messages"]) or check_tools(row):
             return reason
         if row["messages"][-1]["role"] != "assistant" or len(row["messages"]) < 2:
             return "does not end with the assistant's answer to something\ntake what follows it out"

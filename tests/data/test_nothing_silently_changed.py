@@ -16,7 +16,7 @@ from ftcore import pipeline
 from ftcore.bytes_tokenizer import byte_tokenizer
 from ftcore.chat import chat_encoder, training_texts
 from ftcore.composition import compose, typed
-from ftcore_data import images, messages, preference, sharegpt, unpaired
+from ftcore_data import alpaca, images, messages, preference, prompt_completion, prompts, sharegpt, tokens, unpaired
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 OTHER, SYSTEM = {"role": "assistant", "content": "What?"}, {"role": "system", "content": "Be brief."}
@@ -170,3 +170,70 @@ def test_what_tools_answer_is_not_left_out() -> None:
     with pytest.raises(ftcore.Refused, match=r"leaves out message 3 \(tool\)"):
         training_texts(chat_encoder(deaf), talk)
     assert "Sunny" in training_texts(chat_encoder(tells), talk)[0].text
+
+
+IMAGE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "said"),
+    [
+        (unpaired, {"messages": TALK, "label": True, "tools": "no JSON"}, "not JSON"),
+        (unpaired, {"messages": TALK, "label": True, "images": ["a.png"]}, "'images'"),
+        (unpaired, {"messages": [IMAGE, ANSWER], "label": True}, "message 1 has an image"),
+        (preference, {"prompt": [IMAGE], "chosen": "a", "rejected": "b"}, "message 1 has an image"),
+        (prompt_completion, {"prompt": [IMAGE], "completion": [ANSWER]}, "message 1 has an image"),
+        (prompts, {"prompt": [IMAGE]}, "message 1 has an image"),
+        (images, {"images": ["a.png"], "messages": [SYSTEM, ANSWER]}, "no message of the user's"),
+        (prompt_completion, {"question": "q", "context": "c", "answer": "a"}, "'context'"),
+        (prompt_completion, {"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}, "'tools'"),
+        (alpaca, {"instruction": "q", "output": "a", "tools": [{"name": "f"}]}, "'tools'"),
+        (alpaca, {"instruction": "q", "output": "a", "input": "i", "context": "c"}, "'context' as well"),
+        (preference, {"question": "q", "chosen": "a", "rejected": "b", "context": "c"}, "'context'"),
+        (preference, {"prompt": "q", "chosen": "a", "rejected": "b", "history": [["q", "a"]]}, "'history'"),
+        (preference, {"input": "q", "chosen": "a", "rejected": "b"}, "data.columns.prompt=input"),
+        (preference, {"chosen": "a", "rejected": "b", "system": "s"}, "'system'"),
+        (preference, {"chosen": [*TALK, USER], "rejected": [USER, OTHER]}, "'chosen' does not end with the assistant"),
+        (preference, {"chosen": TALK, "rejected": [USER, USER, OTHER]}, "'rejected' goes on with"),
+        (sharegpt, {"conversations": [{"from": "human", "value": ["q"]}, *TURNS]}, "a list as content"),
+        (messages, {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": ""}]}]}, "empty"),
+        (
+            messages,
+            {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]}]},
+            "no JSON",
+        ),
+        (tokens, {"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0]}, "'attention_mask' leaves out"),
+        (tokens, {"input_ids": [1, 2], "labels": [1, 2], "completion_mask": [0, 1]}, "'completion_mask' leaves out"),
+        (prompts, {"prompt": [SYSTEM, USER], "system": "s"}, "as well"),
+    ],
+)
+def test_what_would_be_lost_or_trained_by_mistake_is_refused(form: Any, row: dict[str, Any], said: str) -> None:
+    assert said in (form.check(row) or "")
+
+
+def test_masks_that_labels_keep_to_are_taken() -> None:
+    row = {"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0], "completion_mask": [0, 1, 0]}
+    assert tokens.check(row | {"labels": [-100, 2, -100]}) is None
+    assert tokens.check(row | {"attention_mask": [1, 1, 1], "completion_mask": None}) is None
+
+
+@pytest.mark.parametrize("call", [{"name": "f"}, {"function": {"name": "f", "arguments": None}}])
+def test_a_call_without_arguments_has_none(call: dict[str, Any]) -> None:
+    row = {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}
+    assert messages.check(row) is None
+    assert messages.convert(row)["messages"][1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+
+
+def test_an_input_of_white_space_is_none() -> None:
+    row = {"instruction": "q", "input": " \n", "context": "c", "output": "a"}
+    assert alpaca.check(row) is None
+    assert alpaca.convert(row)["messages"][0]["content"] == "q\n\nc"
+
+
+def test_the_system_s_words_are_told_before_a_prompt() -> None:
+    row = {"prompt": "Hi", "system": "Be brief."}
+    assert prompts.check(row) is None
+    assert prompts.convert(row) == {"prompt": [SYSTEM, USER], "system": "Be brief."}
+    other = {"prompt": "Hi", "system": 3}  # what a reward reads
+    assert prompts.check(other) is None
+    assert prompts.convert(other)["prompt"] == [USER]

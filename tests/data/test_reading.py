@@ -14,6 +14,7 @@ from ftcore import pipeline
 from ftcore.composition import compose, typed
 from ftcore.errors import Exit, Refused
 from ftcore.readers import iter_rows
+from ftcore.rows import local_files
 from ftcore.specs import Shape
 from ftcore.tokens import IGNORED
 
@@ -276,3 +277,82 @@ def test_a_table_whose_columns_are_not_what_they_seem(in_tmp: Path, name: str, h
         list(iter_rows(Path(name)))
     assert found.value.problems[0].key == f"{name}:1"
     assert found.value.problems[0].fix
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "said"),
+    [
+        ('a,b\n1,2\n"3,4\n5,6\n', "t.csv:3", "has a quote that is not closed"),
+        ('a,b\n"1" x,2\n3,4\n', "t.csv:2", "goes on behind a quote that is closed"),
+        ('a,b\n1,"2\n3,4\n5,"6"\n', "t.csv:2", "goes on behind a quote that is closed"),
+        ("a,b\r1,2\r", "t.csv:1", "has line ends of an old kind"),
+    ],
+)
+def test_a_quote_takes_no_rows_into_its_field(in_tmp: Path, text: str, place: str, said: str) -> None:
+    Path("t.csv").write_bytes(text.encode())
+    with pytest.raises(Refused, match=said) as found:
+        list(iter_rows(Path("t.csv")))
+    assert found.value.problems[0].key == place
+
+
+def test_a_bad_quote_within_its_line_is_one_bad_row(in_tmp: Path) -> None:
+    Path("t.csv").write_text('a,b\n"1" x,2\n3,4\n')
+    aside: list[Any] = []
+    assert list(iter_rows(Path("t.csv"), aside.append)) == [("t.csv:3", {"a": "3", "b": "4"})]
+    assert [problem.key for problem in aside] == ["t.csv:2"]
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("train.jsonl", "val.jsonl"),
+        ("mine_train.jsonl", "mine-test.jsonl"),
+        ("train/a.jsonl", "test/a.jsonl"),
+        ("data-train-00000.csv", "more/validation_1.csv"),
+    ],
+)
+def test_rows_to_hold_out_are_not_trained_by_their_folder(tmp_path: Path, train: str, test: str) -> None:
+    for name in (train, test):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    with pytest.raises(Refused, match="holds both"):
+        local_files(str(tmp_path))
+
+
+def test_endings_may_be_in_capitals(in_tmp: Path) -> None:
+    Path("rows").mkdir()
+    write("rows/a.jsonl", [{"text": "one"}])
+    write("rows/B.JSONL", [{"text": "two"}])
+    assert dataset("data.path=rows", raw=True)[0]["train"]["text"] == ["two", "one"]
+
+
+@pytest.mark.parametrize("policy", ["stop", "quarantine"])
+@pytest.mark.parametrize("first", [{}, {"input": None}])
+def test_parquet_files_of_a_folder_may_have_other_columns(in_tmp: Path, first: dict[str, Any], policy: str) -> None:
+    from pyarrow import Table, parquet
+
+    row = {"instruction": "Hi", "output": "Ho"}
+    Path("rows").mkdir()
+    for name, columns in (("a", first), ("b", {"input": "there"})):
+        parquet.write_table(Table.from_pylist([{**row, **columns}]), f"rows/{name}.parquet")
+    made = dataset("data.path=rows", f"data.bad_rows={policy}", raw=True)[0]["train"]
+    assert made["input"] == [None, "there"]
+
+
+def test_parquet_files_of_a_folder_with_other_kinds_are_refused(in_tmp: Path) -> None:
+    from pyarrow import Table, parquet
+
+    Path("rows").mkdir()
+    for name, number in (("a", 1), ("b", "x")):
+        parquet.write_table(Table.from_pylist([{"text": "Hi", "id": number}]), f"rows/{name}.parquet")
+    with pytest.raises(Refused, match="rows: the files hold columns of different kinds"):
+        dataset("data.path=rows", raw=True)
+
+
+@pytest.mark.parametrize(
+    "words", [["data.weights=[1,1]"], ["data.streaming=true", "trainer.max_steps=1"]], ids=["weights", "stream"]
+)
+def test_holding_out_every_row_is_refused(in_tmp: Path, words: list[str]) -> None:
+    paths = f"data.path=[{numbered('a.jsonl', 'a', 3)},{numbered('b.jsonl', 'b', 2)}]"
+    with pytest.raises(Refused, match="leaves none to train on"):
+        dataset(paths, "data.eval_size=6", *words, raw=True)

@@ -437,6 +437,8 @@ def test_names_and_files(tmp_path: Any) -> None:
     own = tmp_path / "mine.jinja"
     own.write_text("{{ messages[0].content }}")
     assert templates.read(str(own)) == "{{ messages[0].content }}"
+    own.write_text("\ufeff{{ messages }}", encoding="utf-8")
+    assert templates.read(str(own)) == "{{ messages }}", "no byte order mark in every row"
     own.write_text("{% for m in messages %}\n{{ m }")
     with pytest.raises(Refused, match=r"mine\.jinja:2: is no Jinja template"):
         templates.read(str(own))
