@@ -356,3 +356,21 @@ def test_holding_out_every_row_is_refused(in_tmp: Path, words: list[str]) -> Non
     paths = f"data.path=[{numbered('a.jsonl', 'a', 3)},{numbered('b.jsonl', 'b', 2)}]"
     with pytest.raises(Refused, match="leaves none to train on"):
         dataset(paths, "data.eval_size=6", *words, raw=True)
+
+
+@pytest.mark.parametrize("words", [[], ["data.streaming=true", "trainer.max_steps=1"]], ids=["whole", "stream"])
+def test_objects_of_parquet_and_of_json_lines_are_joined(in_tmp: Path, words: list[str]) -> None:
+    from pyarrow import Table, parquet
+
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    talks = [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
+        [{"role": "user", "content": "Do"}, {"role": "assistant", "content": "", "tool_calls": [call]}],
+    ]
+    rows = [{"messages": talk, "id": number} for number, talk in enumerate(talks)]
+    parquet.write_table(Table.from_pylist(rows), "a.parquet")
+    paths = f"data.path=[a.parquet,{write('b.jsonl', rows)}]"
+    made, tokenizer = dataset(paths, "data.template=qwen2_5", *words)
+    first, second, *others = texts(made["train"], tokenizer)
+    assert others == [first, second]
+    assert '{"a": 1}' in second
