@@ -216,8 +216,21 @@ def _in_memory(rows: list[Row], path: str) -> Dataset:
         parts += [Dataset.from_dict(texts, features=Features(kinds))] if kinds else []
         return concatenate_datasets(parts, axis=1).select_columns(list(columns))
     except (TypeError, ValueError, OverflowError) as error:  # what Arrow raises
-        message = f"a column holds values of several kinds: {' '.join(str(error).split())[:120]}"
-        raise Refused(Problem(path, message, "give each column one kind of value", Exit.DATA)) from error
+        message = f"column '{_torn(plain)}' holds values of several kinds: {' '.join(str(error).split())[:120]}"
+        fix = "give it one kind of value, or take it out where it is not read"
+        raise Refused(Problem(path, message, fix, Exit.DATA)) from error
+
+
+def _torn(columns: Mapping[str, list[Any]]) -> str:
+    """The column whose values Arrow does not take together."""
+    import pyarrow
+
+    for name, values in columns.items():
+        try:
+            pyarrow.array(values)
+        except (TypeError, ValueError, OverflowError):
+            return name
+    return ", ".join(columns)
 
 
 def _lists_of_objects(values: list[Any]) -> bool:

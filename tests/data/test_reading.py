@@ -374,3 +374,18 @@ def test_objects_of_parquet_and_of_json_lines_are_joined(in_tmp: Path, words: li
     first, second, *others = texts(made["train"], tokenizer)
     assert others == [first, second]
     assert '{"a": 1}' in second
+
+
+def test_a_column_of_several_kinds_is_named(in_tmp: Path) -> None:
+    path = write("a.jsonl", [{"text": "a", "id": 1}, {"text": "b", "id": "x"}])
+    with pytest.raises(Refused, match="column 'id' holds values of several kinds") as found:
+        dataset(f"data.path={path}", raw=True)
+    assert found.value.problems[0].key == path
+
+
+def test_rows_that_are_cut_are_counted(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write("a.jsonl", [{"text": "x" * 50}, {"text": "y" * 5}])
+    dataset(f"data.path={path}", "trainer.max_length=40")
+    assert "1 of 2 train rows fill trainer.max_length=40: what was longer is cut off" in capsys.readouterr().out
+    dataset(f"data.path={path}", "trainer.max_length=400")
+    assert "cut off" not in capsys.readouterr().out
