@@ -115,7 +115,7 @@ class Places:
 
         :param many: it will be asked of many rows, so that all places are noted at once.
         """
-        wanted = _without_nulls(row)
+        wanted = without_nulls(row)
         if not many:
             return next((place for place, found in self._all() if found == wanted), None)
         if self._index is None:
@@ -133,17 +133,18 @@ class Places:
         for path in self._paths:
             for file in local_files(path) or ():
                 for place, row in iter_rows(file, aside=lambda problem: None):
-                    yield place, _without_nulls(resolved(named(row, self._columns), self._media, file.parent))
+                    yield place, without_nulls(resolved(named(row, self._columns), self._media, file.parent))
 
 
 def _digest(row: Any) -> str:
     return hashlib.sha256(json.dumps(row, sort_keys=True, default=repr).encode()).hexdigest()
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """The value without the keys that Arrow, or `datasets`, fills in objects where others have them."""
     if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def row_problem(place: str, reason: str, note: str = "") -> Problem:

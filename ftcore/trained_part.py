@@ -38,6 +38,8 @@ def without_untrained(split: str, rows: Any, given: int | None, plan: Plan) -> A
     if len(kept) < before:
         dropped = before - len(kept)
         note(f"{dropped} of {before} {split} rows dropped: no trained token within trainer.max_length={length}")
+    if part.full and not plan.trainer.splits:
+        note(f"{part.full} of {before} {split} rows fill trainer.max_length={length}: what was longer is cut off")
     return kept
 
 
@@ -46,7 +48,7 @@ class TrainedPart:
 
     def __init__(self, split: str, length: int, least: float, streamed: bool) -> None:
         self._split, self._length, self._least, self._streamed = split, length, least, streamed
-        self.rows = self.kept = self.tokens = self.trained = 0
+        self.rows = self.kept = self.tokens = self.trained = self.full = 0
 
     def __call__(self, row: Mapping[str, Any]) -> bool:
         """Whether the row trains anything. Raises Refused where a stream's first rows hardly do."""
@@ -55,6 +57,7 @@ class TrainedPart:
         trained: int = len(labels) - labels.count(IGNORED)
         self.rows += 1
         self.kept += trained > 0
+        self.full += trained > 0 and len(labels) + 1 == self._length
         self.tokens += len(labels)
         self.trained += trained
         if self._streamed and self.rows == LOOKED_AT:

@@ -18,7 +18,7 @@ from ftcore.hooks import hookimpl
 from ftcore.media import resolved
 from ftcore.quarantine import Quarantine
 from ftcore.row_checks import good_rows, streamed_rows
-from ftcore.rows import all_held_out, local_files, sources
+from ftcore.rows import all_held_out, local_files, sources, without_nulls
 from ftcore.specs import DataFormat, Plan
 
 if TYPE_CHECKING:
@@ -65,7 +65,30 @@ def ftcore_load_dataset(plan: Plan) -> DatasetDict:
 
 def _mixed(data: DataConfig, form: DataFormat, seed: int, aside: Quarantine) -> Dataset | IterableDataset:
     parts = [_read(path, data, form, aside) for path in sources(data.path or form.sample)]
-    return _joined(parts, data.weights, seed)
+    return _joined(parts if data.streaming else _alike(parts, form), data.weights, seed)
+
+
+def _alike(parts: list[Dataset], form: DataFormat) -> list[Dataset]:
+    """Arrow's objects as those of JSON, where another path has such: `datasets` joins columns of one kind alone."""
+    from datasets import Json, List, concatenate_datasets
+
+    exact = {name for part in parts for name, kind in part.features.items() if kind in (Json(), List(Json()))}
+    made = []
+    for part in parts:
+        names = [name for name in part.column_names if name in exact and is_struct(part.features[name])]
+        if names:
+            filled = part.select_columns(names)
+            rows = [{n: without_nulls(v) if n in form.columns else v for n, v in row.items()} for row in filled]
+            given = concatenate_datasets([part.remove_columns(names), _in_memory(rows, "data.path")], axis=1)
+            part = given.select_columns(part.column_names)
+        made.append(part)
+    return made
+
+
+def is_struct(kind: Any) -> bool:
+    """Whether a column holds objects of Arrow's, or lists of them, each with the keys of all others."""
+    inner = getattr(kind, "feature", None)  # of a list
+    return isinstance(kind, dict) or (inner is not None and is_struct(inner))
 
 
 def _joined(parts: list[Any], weights: Sequence[float] = (), seed: int = 0) -> Any:
@@ -193,8 +216,21 @@ def _in_memory(rows: list[Row], path: str) -> Dataset:
         parts += [Dataset.from_dict(texts, features=Features(kinds))] if kinds else []
         return concatenate_datasets(parts, axis=1).select_columns(list(columns))
     except (TypeError, ValueError, OverflowError) as error:  # what Arrow raises
-        message = f"a column holds values of several kinds: {' '.join(str(error).split())[:120]}"
-        raise Refused(Problem(path, message, "give each column one kind of value", Exit.DATA)) from error
+        message = f"column '{_torn(plain)}' holds values of several kinds: {' '.join(str(error).split())[:120]}"
+        fix = "give it one kind of value, or take it out where it is not read"
+        raise Refused(Problem(path, message, fix, Exit.DATA)) from error
+
+
+def _torn(columns: Mapping[str, list[Any]]) -> str:
+    """The column whose values Arrow does not take together."""
+    import pyarrow
+
+    for name, values in columns.items():
+        try:
+            pyarrow.array(values)
+        except (TypeError, ValueError, OverflowError):
+            return name
+    return ", ".join(columns)
 
 
 def _lists_of_objects(values: list[Any]) -> bool:

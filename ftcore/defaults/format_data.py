@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftcore import media
+from ftcore.defaults.data import is_struct
 from ftcore.errors import Refused
 from ftcore.fingerprint import by_content
 from ftcore.hooks import hookimpl
 from ftcore.manager import import_function
 from ftcore.mismatches import check_tokenizer
 from ftcore.quarantine import Quarantine
-from ftcore.rows import Places, local_files, row_problem, sources
+from ftcore.rows import Places, local_files, row_problem, sources, without_nulls
 from ftcore.specs import Plan, Shape
 from ftcore.tokens import RowTokenizer
 from ftcore.trained_part import without_untrained
@@ -148,20 +149,9 @@ def _exactly(rows: Any, read: Sequence[str]) -> tuple[Any, _Kinds]:
     kinds = dict(rows.features or {})
     exact = {name: Json(decode=False) for name, kind in kinds.items() if kind == Json()}
     exact |= {name: List(Json(decode=False)) for name, kind in kinds.items() if kind == List(Json())}
-    filled = frozenset(name for name, kind in kinds.items() if name in read and name not in exact and _struct(kind))
+    filled = frozenset(name for name, kind in kinds.items() if name in read and name not in exact and is_struct(kind))
     rows = rows.cast(Features(kinds | exact)) if exact else rows
     return rows.rename_columns({name: f"{RAW}{name}" for name in kinds}), _Kinds(frozenset(exact), filled)
-
-
-def _struct(kind: Any) -> bool:
-    inner = getattr(kind, "feature", None)  # of a list
-    return isinstance(kind, dict) or (inner is not None and _struct(inner))
-
-
-def _unfilled(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _unfilled(item) for key, item in value.items() if item is not None}
-    return [_unfilled(item) for item in value] if isinstance(value, list) else value
 
 
 RAW = "raw "
@@ -199,7 +189,9 @@ def _batch(
 def _rows(columns: Mapping[str, list[Any]], kinds: _Kinds) -> Iterator[Row]:
     """The rows of a batch, as they were given."""
     names = [name.removeprefix(RAW) for name in columns]
-    reads = [_read_text if name in kinds.exact else _unfilled if name in kinds.filled else _as_it_is for name in names]
+    reads = [
+        _read_text if name in kinds.exact else without_nulls if name in kinds.filled else _as_it_is for name in names
+    ]
     for values in zip(*columns.values(), strict=True):
         yield {name: read(value) for name, read, value in zip(names, reads, values, strict=True)}
 

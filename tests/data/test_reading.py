@@ -356,3 +356,36 @@ def test_holding_out_every_row_is_refused(in_tmp: Path, words: list[str]) -> Non
     paths = f"data.path=[{numbered('a.jsonl', 'a', 3)},{numbered('b.jsonl', 'b', 2)}]"
     with pytest.raises(Refused, match="leaves none to train on"):
         dataset(paths, "data.eval_size=6", *words, raw=True)
+
+
+@pytest.mark.parametrize("words", [[], ["data.streaming=true", "trainer.max_steps=1"]], ids=["whole", "stream"])
+def test_objects_of_parquet_and_of_json_lines_are_joined(in_tmp: Path, words: list[str]) -> None:
+    from pyarrow import Table, parquet
+
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    talks = [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}],
+        [{"role": "user", "content": "Do"}, {"role": "assistant", "content": "", "tool_calls": [call]}],
+    ]
+    rows = [{"messages": talk, "id": number} for number, talk in enumerate(talks)]
+    parquet.write_table(Table.from_pylist(rows), "a.parquet")
+    paths = f"data.path=[a.parquet,{write('b.jsonl', rows)}]"
+    made, tokenizer = dataset(paths, "data.template=qwen2_5", *words)
+    first, second, *others = texts(made["train"], tokenizer)
+    assert others == [first, second]
+    assert '{"a": 1}' in second
+
+
+def test_a_column_of_several_kinds_is_named(in_tmp: Path) -> None:
+    path = write("a.jsonl", [{"text": "a", "id": 1}, {"text": "b", "id": "x"}])
+    with pytest.raises(Refused, match="column 'id' holds values of several kinds") as found:
+        dataset(f"data.path={path}", raw=True)
+    assert found.value.problems[0].key == path
+
+
+def test_rows_that_are_cut_are_counted(in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write("a.jsonl", [{"text": "x" * 50}, {"text": "y" * 5}])
+    dataset(f"data.path={path}", "trainer.max_length=40")
+    assert "1 of 2 train rows fill trainer.max_length=40: what was longer is cut off" in capsys.readouterr().out
+    dataset(f"data.path={path}", "trainer.max_length=400")
+    assert "cut off" not in capsys.readouterr().out
