@@ -94,8 +94,9 @@ def _combinations(plan: Plan) -> Iterator[Problem]:
             if fitting
             else f"give {' or '.join(sorted(trainer.accepts))} rows"
         )
+        detected = ", name their format by data=NAME" if run.data and run.data.name == "auto" else ""
         message = f"{form.name} rows have the shape '{form.shape}', but {name} takes {takes}"
-        yield Problem("data", message, f"{fix}, or select another trainer")
+        yield Problem("data", message, f"{fix}{detected}, or select another trainer")
     if form and run.data and run.data.format and run.data.format != form.name:
         message = f"data={run.data.name} reads {form.name} rows, so '{run.data.format}' cannot apply"
         yield Problem("data.format", message, f"write data={run.data.format}")

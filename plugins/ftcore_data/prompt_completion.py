@@ -8,7 +8,7 @@ from typing import Any
 
 from ftcore import DataConfig, DataFormat, Shape, hookimpl
 from ftcore_data._messages import check_messages, check_tools, plain_messages, tools_of
-from ftcore_data._rows import MEDIA, Row, first_pair, kind, missing_all, not_text, sample, unused
+from ftcore_data._rows import MEDIA, UNUSED, Row, first_pair, kind, missing_all, not_text, sample, unused
 
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("input", "output"))
 
@@ -37,8 +37,12 @@ def check(row: Row) -> str | None:
     pair = first_pair(row, PAIRS)
     if pair is None:
         return missing_all(row, ("prompt", "completion"))
-    if reason := unused(row, *MEDIA, "instruction", "system", "history", "context"):
+    if reason := unused(row, *MEDIA, "instruction", "system", "history"):
         return reason
+    if row.get("context"):
+        columns = f"data.columns.instruction={pair[0]} data.columns.output={pair[1]}"
+        fix = f"take it out, or put it behind what is asked: data=alpaca {columns}"
+        return f"{UNUSED} 'context' that rows of this format do not use\n{fix}"
     prompt, completion = (row[name] for name in pair)
     if isinstance(prompt, list) != isinstance(completion, list):
         message = f"column '{pair[0]}' is {kind(prompt)}, but column '{pair[1]}' is {kind(completion)}"

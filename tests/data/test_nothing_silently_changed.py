@@ -185,7 +185,7 @@ IMAGE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text":
         (prompt_completion, {"prompt": [IMAGE], "completion": [ANSWER]}, "message 1 has an image"),
         (prompts, {"prompt": [IMAGE]}, "message 1 has an image"),
         (images, {"images": ["a.png"], "messages": [SYSTEM, ANSWER]}, "no message of the user's"),
-        (prompt_completion, {"question": "q", "context": "c", "answer": "a"}, "'context'"),
+        (prompt_completion, {"question": "q", "context": "c", "answer": "a"}, "data.columns.output=answer"),
         (prompt_completion, {"prompt": "q", "completion": "a", "tools": [{"name": "f"}]}, "'tools'"),
         (alpaca, {"instruction": "q", "output": "a", "tools": [{"name": "f"}]}, "'tools'"),
         (alpaca, {"instruction": "q", "output": "a", "input": "i", "context": "c"}, "'context' as well"),
