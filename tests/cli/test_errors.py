@@ -367,7 +367,9 @@ CASES = {
     ),
     "two-formats": wrong(f"{SFT} data=messages data.format=alpaca", CONFIG, "data.format", "write data=alpaca"),
     "format": wrong(f"{SFT} data.format=mesages", CONFIG, "data.format", "did you mean data.format=messages?"),
-    "shape-of-rows": wrong(f"{SFT} data.path=prompts.jsonl", CONFIG, "data: prompts rows", "but sft takes", "data=NAME"),
+    "shape-of-rows": wrong(
+        f"{SFT} data.path=prompts.jsonl", CONFIG, "data: prompts rows", "but sft takes", "data=NAME"
+    ),
     "shape-of-the-sample": wrong(f"{GRPO} data=messages", CONFIG, "data: messages rows", "data=prompts"),
     # The trainer library's own arguments.
     "args": wrong(
