@@ -156,7 +156,7 @@ def row_problem(place: str, reason: str, note: str = "") -> Problem:
 def all_held_out(held_out: int, rows: int) -> Problem:
     """`data.eval_size` takes every row."""
     message = f"holds out {held_out} of {rows} rows, which leaves none to train on"
-    return Problem("data.eval_size", message, "give a smaller number, or set data.eval_path", Exit.DATA)
+    return Problem("data.eval_size", message, "give a smaller number, or set data.eval_path")
 
 
 def beside(place: Path) -> str:
