@@ -49,7 +49,7 @@ class Config(TrainerConfig):
     """Nucleus size."""
     share_prompts: bool = False
     """Read a prompt once for all its completions in a micro-batch, where a kernel does so (GPUs from 8.0) and it spares
-    enough: 1.1 to 1.2 times the speed where prompts are as long as completions. Off unless asked for."""
+    enough: 1.1 to 1.2 times the speed where prompts are no shorter than completions. Off unless asked for."""
     beta: float = 0.0
     """Coefficient of the KL divergence from the reference model; 0 needs no reference model."""
     reference: ReferenceModel = ReferenceModel.start
